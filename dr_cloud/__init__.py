@@ -1,0 +1,1 @@
+"""Continuous data protection and parallel point-in-time recovery for many enterprises."""

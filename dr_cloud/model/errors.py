@@ -1,0 +1,34 @@
+"""The errors a user meets. Each says what is wrong and, where something can be done, what to do."""
+
+from __future__ import annotations
+
+
+class DrCloudError(Exception):
+    """An operating error: it is told to the user and handled, never swallowed.
+
+    Attributes:
+        remedy: What to do about it, one sentence, or the empty string.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self.args[0]), self.remedy)
+
+
+class DamagedError(DrCloudError):
+    """Stored or received bytes fail a checksum, an authentication tag or a bound. The message names the object."""
+
+
+class TimeOutOfRangeError(DrCloudError):
+    """A time was asked for that the journal does not hold."""
+
+
+class FencedError(DrCloudError):
+    """A newer writer of the same journal has taken over; this one must stop."""
+
+
+class ProtocolError(DrCloudError):
+    """A peer broke the protocol; the connection to it is closed."""

@@ -1,0 +1,1 @@
+"""Hash, compress, encrypt; and the keys for it."""
