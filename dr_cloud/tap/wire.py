@@ -12,7 +12,7 @@ Every message is a 40-byte little-endian head, then a body::
         24     8  block      first block
         32     8  id         of a MARK: answered with the same id
 
-    WRITE   tap → VDSA  body: count × 4096 bytes. One guest write is one sequence and one time (its partial blocks
+    WRITE   tap → VDSA  body: count * 4096 bytes. One guest write is one sequence and one time (its partial blocks
                         completed from the disk); a write over 1 MiB goes in pieces that share both.
     ZERO    tap → VDSA  no body: trim and write-zeroes; blocks at the edges come as WRITE if partly covered.
     HELLO   tap → VDSA  body: JSON `Hello`; first message of a connection.
