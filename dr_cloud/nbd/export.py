@@ -39,19 +39,19 @@ class Export(Protocol):
         """Return buffers that together hold the `length` bytes at `offset`. They are sent without a copy."""
         ...
 
-    def pwrite(self, offset: int, data: memoryview, fua: bool) -> None | Awaitable[None]:
+    def pwrite(self, offset: int, data: memoryview, fua: bool) -> Awaitable[None] | None:
         """Write. `data` is valid until the call returns or, where it returns an awaitable, until that is done."""
         ...
 
-    def flush(self) -> None | Awaitable[None]:
+    def flush(self) -> Awaitable[None] | None:
         """Make every write answered before this call durable."""
         ...
 
-    def trim(self, offset: int, length: int, fua: bool) -> None | Awaitable[None]:
+    def trim(self, offset: int, length: int, fua: bool) -> Awaitable[None] | None:
         """Discard; here it always reads as zeroes afterwards."""
         ...
 
-    def write_zeroes(self, offset: int, length: int, fua: bool, may_trim: bool) -> None | Awaitable[None]:
+    def write_zeroes(self, offset: int, length: int, fua: bool, may_trim: bool) -> Awaitable[None] | None:
         """Write zeroes, leaving a hole if `may_trim`."""
         ...
 
