@@ -1,0 +1,1 @@
+"""The two sides of a VDSA: source (receive, hash, offer, seal, send) and target (reorder, journal, checkpoint)."""
