@@ -228,9 +228,7 @@ def open_frame(keys: VpgKeys, data: Buffer) -> Frame:
     return Frame(data, stream, number, columns, digests, lengths, groups_offset, blocks)
 
 
-def open_group(
-    keys: VpgKeys, stream: bytes, number: int, group: int, block_count: int, sealed: Buffer
-) -> bytes:
+def open_group(keys: VpgKeys, stream: bytes, number: int, group: int, block_count: int, sealed: Buffer) -> bytes:
     """Return the `block_count` blocks of one sealed group; `DamagedError` if it is not that group, whole."""
     try:
         body = keys.frame_cipher(stream).decrypt(
