@@ -3,7 +3,7 @@
 It is a cache: losing it costs space, never data. It must never be wrong, so an entry is made only after the checkpoint
 that makes its loc durable, and the whole index is dropped on opening if it may not belong to the journal as it is now:
 
-- the checkpoint that it last followed is not in the store as it knew it (another bucket, or one restored from a backup);
+- the checkpoint that it last followed is not in the store as it knew it (another bucket, or one from a backup);
 - the machine restarted without a clean close (pages are not forced to disk, so they may be torn).
 
 Layout: key = 16-byte digest, value = u64 little-endian loc; key `NUL meta` (5 bytes, so never a digest) holds JSON
@@ -86,7 +86,7 @@ class DigestIndex:
         meta = json.dumps(
             {"number": checkpoint.number, "created_ns": checkpoint.created_ns, "boot": self._boot}
         ).encode()
-        pairs = []
+        pairs: list[tuple[bytes, bytes]] = []
         for joined, first in zip(digests, first_locs, strict=True):
             count = len(joined) // DIGEST_BYTES
             locs = np.arange(first, first + count, dtype="<u8").tobytes()

@@ -40,7 +40,7 @@ class JournalReader:
         place = bisect_right(self._first_numbers, number)
         if not place:
             raise DamagedError(f"no writer of {self.scope.prefix} made a journal object {number}")
-        return layout.object_key(self.scope, self._generations[place - 1][1], number)
+        return layout.journal_key(self.scope, self._generations[place - 1][1], number)
 
     def index(self, number: int) -> ObjectIndex:
         """Fetch the index of object `number`."""
@@ -52,7 +52,7 @@ class JournalReader:
 
     def rows(self, ref: ObjectRef) -> Rows:
         """Fetch the change rows of an object, ascending (time, sequence)."""
-        key = layout.object_key(self.scope, ref.generation, ref.number)
+        key = layout.journal_key(self.scope, ref.generation, ref.number)
         rows = read_rows(self._store, self._keys, key)
         if len(rows) != ref.rows:
             raise DamagedError(f"object {key} is damaged: it has {len(rows)} rows, its checkpoint says {ref.rows}")

@@ -292,7 +292,7 @@ class JournalWriter:
         self._waiting = [rest] if len(rest) else []
         self._waiting_entries = len(rest)
         has_object = bool(self._frames) or len(rows) > 0
-        key = layout.object_key(self.scope, self.generation, self._object_number) if has_object else ""
+        key = layout.journal_key(self.scope, self.generation, self._object_number) if has_object else ""
         data = seal_object(self._keys, key, self._frames, rows) if has_object else b""
         ref = ObjectRef(
             number=self._object_number,
@@ -342,7 +342,11 @@ class JournalWriter:
         nothing of this cut can be seen, nothing after it may be committed.
         """
         if cut.object_key:
-            self._store.put_new(cut.object_key, cut.object_bytes)
+            try:
+                self._store.put_new(cut.object_key, cut.object_bytes)
+            except ObjectExistsError:
+                if self._store.get(cut.object_key) != cut.object_bytes:
+                    raise DamagedError(f"object {cut.object_key} is there, with other bytes than ours") from None
         checkpoint = cut.checkpoint
         try:
             self._store.put_new(*seal_checkpoint(self._keys, checkpoint))
