@@ -191,8 +191,14 @@ def seal_frame(
     return b"".join((head, crc, sealed, *groups))
 
 
-def open_frame(keys: VpgKeys, data: Buffer) -> Frame:
-    """Check and open a frame's columns; `DamagedError` says what is wrong. The groups stay sealed."""
+def open_frame(keys: VpgKeys, data: Buffer, *, partial: bool = False) -> Frame:
+    """Check and open a frame's columns; `DamagedError` says what is wrong. The groups stay sealed.
+
+    Args:
+        keys: The scope's keys.
+        data: The frame.
+        partial: Other bytes may follow the frame; `Frame.data` is then the frame alone.
+    """
     view = memoryview(data)
     if len(view) < HEAD_BYTES:
         raise DamagedError("frame is shorter than its head")
@@ -202,8 +208,10 @@ def open_frame(keys: VpgKeys, data: Buffer) -> Frame:
         raise DamagedError("frame head is damaged")
     if version != VERSION:
         raise DamagedError(f"frame has version {version}, known is {VERSION}", "Use a newer dr_cloud.")
+    size_bytes = HEAD_BYTES + section_bytes + data_bytes
     if (
-        len(view) != HEAD_BYTES + section_bytes + data_bytes
+        len(view) < size_bytes
+        or (len(view) > size_bytes and not partial)
         or writes > FRAME_WRITES_MAX
         or blocks > FRAME_BLOCKS_MAX
         or groups != len(group_sizes(blocks))
@@ -225,7 +233,8 @@ def open_frame(keys: VpgKeys, data: Buffer) -> Frame:
     ):
         raise DamagedError(f"frame {number} has entries that do not fit")
     digests = section[packed : packed + blocks * DIGEST_BYTES]
-    return Frame(data, stream, number, columns, digests, lengths, groups_offset, blocks)
+    whole = view[:size_bytes] if partial else data
+    return Frame(whole, stream, number, columns, digests, lengths, groups_offset, blocks)
 
 
 def open_group(keys: VpgKeys, stream: bytes, number: int, group: int, block_count: int, sealed: Buffer) -> bytes:
