@@ -1,0 +1,476 @@
+"""One disk of a stack as an NBD export: the image at one time, with the test's own writes over it.
+
+The read path is one look-up: the table of a region gives a block's loc, and the loc says where its bytes are::
+
+    0                          zeroes
+    object << 32 | index       the object cache
+    1 << 63 | slot             the write log
+    3 << 62 | slot             zeroes again (trimmed); the slot stays the block's, for when it is written next
+
+A warm read is a slice of a mapping, sent without a copy; adjacent locs become one slice. What is not there is fetched
+in threads while the loop serves others, and the request is then tried anew. The same holds for a write that needs the
+rest of a partial block, or a region of the map. A request that needs no fetch is done at once, in one step.
+
+A region of the map is shared until this stack writes in it, and then copied (2 MiB for 1 GiB of disk).
+
+Errors: a damaged object, or a store that does not answer, is EIO for the blocks that need it and a log line that names
+the object; later requests try again. A full disk or a spent quota is ENOSPC for that write.
+
+`flush` has nothing to do: a write is seen by every connection when it is answered, and none of it outlives the test.
+`write_zeroes` leaves holes whether it may or not: to fill a throw-away log with zeroes would help nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Final, NoReturn
+
+import numpy as np
+import structlog
+
+from dr_cloud.model.blocks import (
+    BLOCK_SHIFT,
+    BLOCK_SIZE,
+    INDEX_MASK,
+    LOCAL_BIT,
+    REGION_BLOCKS,
+    REGION_MASK,
+    REGION_SHIFT,
+)
+from dr_cloud.model.errors import DamagedError, DrCloudError
+from dr_cloud.model.journal import Disk
+from dr_cloud.nbd.export import Buffer, Extent
+from dr_cloud.stack.cache import Locs, ObjectCache
+from dr_cloud.stack.image import HOLES, Image, region_count
+from dr_cloud.stack.writelog import WriteLog
+
+log = structlog.get_logger(__name__)
+
+_ZERO_BIT: Final = 1 << 62
+_LOCAL_ZERO: Final = LOCAL_BIT | _ZERO_BIT
+_SLOT_MASK: Final = _ZERO_BIT - 1
+_NP_LOCAL: Final = np.uint64(LOCAL_BIT)
+_NP_ZERO: Final = np.uint64(_ZERO_BIT)
+_NP_LOCAL_ZERO: Final = np.uint64(_LOCAL_ZERO)
+_OFFSET_MASK: Final = BLOCK_SIZE - 1
+_ZEROES: Final = memoryview(bytes(1 << 20))
+_ZERO_BLOCKS: Final = len(_ZEROES) >> BLOCK_SHIFT
+_ZERO_BLOCK: Final = (_ZEROES[:BLOCK_SIZE],)
+EXTENTS_MAX: Final = 4096
+"""Of one answer about block status."""
+_HOLES: Final = HOLES.data
+
+Parts = list[memoryview]
+Uncached = dict[tuple[int, int], Any]
+"""(object, group) → the blocks of a group that could not be kept in the cache, or the error it gave."""
+
+
+class StackExport:
+    """One disk of one stack, read-write, for any number of connections. All calls come from one event loop.
+
+    Attributes:
+        blocks_read, blocks_written: Whole blocks of answered requests.
+    """
+
+    def __init__(self, name: str, disk: Disk, image: Image, cache: ObjectCache, writes: WriteLog) -> None:
+        """Serve `disk` of `image` under `name`; writes go to `writes`."""
+        self.name = name
+        self.description = f"{disk.name} as it was at {image.plan.at_ns} ns"
+        self.size_bytes = disk.size_bytes
+        self.read_only = False
+        self.block_size_minimum = 1
+        self.block_size_preferred = BLOCK_SIZE
+        self.blocks_read = 0
+        self.blocks_written = 0
+        self.on_served: Callable[[], None] | None = None
+        """Called when the first read is about to be answered."""
+        self._disk = disk
+        self._image = image
+        self._cache = cache
+        self._objects = cache.objects
+        self._writes = writes
+        regions = region_count(disk)
+        # Per region: its locs for reading, and the same once they are this stack's own, for writing.
+        self._regions: list[memoryview | None] = [None] * regions
+        self._own: list[memoryview | None] = [None] * regions
+        self._loading: dict[int, Future[Locs]] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """Let everything go; later requests give ESHUTDOWN."""
+        self._closed = True
+        self._regions = [None] * len(self._regions)
+        self._own = [None] * len(self._own)
+
+    @property
+    def own_map_bytes(self) -> int:
+        """What this stack's copies of regions of the map take in memory."""
+        return sum(own is not None for own in self._own) * REGION_BLOCKS * 8
+
+    # Reading
+
+    def pread(self, offset: int, length: int) -> Sequence[Buffer] | Awaitable[Sequence[Buffer]]:
+        """Return the bytes as slices of what is mapped, or an awaitable where something must be fetched."""
+        if length == BLOCK_SIZE and not offset & _OFFSET_MASK:
+            block = offset >> BLOCK_SHIFT
+            region = self._regions[block >> REGION_SHIFT]
+            if region is not None:
+                loc = region[block & REGION_MASK]
+                if loc < LOCAL_BIT:
+                    if not loc:
+                        self.blocks_read += 1
+                        return _ZERO_BLOCK
+                    cached = self._objects.get(loc >> 32)
+                    if cached is not None:
+                        index = loc & INDEX_MASK
+                        if cached.have[index]:
+                            self.blocks_read += 1
+                            start = index << BLOCK_SHIFT
+                            return (cached.data[start : start + BLOCK_SIZE],)
+                elif loc < _LOCAL_ZERO:
+                    self.blocks_read += 1
+                    start = (loc & _SLOT_MASK) << BLOCK_SHIFT
+                    return (self._writes.view[start : start + BLOCK_SIZE],)
+        return self._read(offset, length, {}) or self._read_cold(offset, length)
+
+    def _read(self, offset: int, length: int, uncached: Uncached) -> Parts | None:
+        """Return the bytes, or None where some are not there yet."""
+        if not length:
+            return [_ZEROES[:0]]
+        first = offset >> BLOCK_SHIFT
+        end = (offset + length + _OFFSET_MASK) >> BLOCK_SHIFT
+        parts: Parts = []
+        for region, start, stop in _by_region(first, end):
+            table = self._regions[region]
+            if table is None or not self._collect(table, start, stop, uncached, parts):
+                return None
+        if offset & _OFFSET_MASK:
+            parts[0] = parts[0][offset & _OFFSET_MASK :]
+        if surplus := (end << BLOCK_SHIFT) - offset - length:
+            parts[-1] = parts[-1][:-surplus]
+        self.blocks_read += end - first
+        if self.on_served is not None:
+            self.on_served()
+            self.on_served = None
+        return parts
+
+    def _collect(self, table: memoryview, start: int, stop: int, uncached: Uncached, parts: Parts) -> bool:
+        """Append the bytes of blocks `start` … `stop - 1` of a region; False where some are not there yet."""
+        for loc, count in _runs_of(table, start, stop):
+            if LOCAL_BIT <= loc < _LOCAL_ZERO:
+                slot = loc & _SLOT_MASK
+                parts.append(self._writes.view[slot << BLOCK_SHIFT : (slot + count) << BLOCK_SHIFT])
+                continue
+            if not loc or loc >= _LOCAL_ZERO:
+                whole, rest = divmod(count, _ZERO_BLOCKS)
+                parts.extend([_ZEROES] * whole)
+                if rest:
+                    parts.append(_ZEROES[: rest << BLOCK_SHIFT])
+                continue
+            number, index = loc >> 32, loc & INDEX_MASK
+            cached = self._cache.find(number)
+            if cached is None:
+                return False
+            if cached.has(index, count):
+                parts.append(cached.data[index << BLOCK_SHIFT : (index + count) << BLOCK_SHIFT])
+            elif not uncached:
+                return False
+            else:
+                for at in range(index, index + count):
+                    if cached.has(at, 1):
+                        parts.append(cached.data[at << BLOCK_SHIFT : (at + 1) << BLOCK_SHIFT])
+                        continue
+                    group, _ = cached.groups(at, 1)
+                    data = uncached.get((number, group))
+                    if data is None:
+                        return False
+                    if isinstance(data, Exception):
+                        raise data
+                    begin = (at - cached.span(group, group)[0]) << BLOCK_SHIFT
+                    parts.append(memoryview(data)[begin : begin + BLOCK_SIZE])
+        return True
+
+    async def _read_cold(self, offset: int, length: int) -> Sequence[Buffer]:
+        uncached: Uncached = {}
+        try:
+            while (parts := self._read(offset, length, uncached)) is None:
+                await self._bring(offset, length, uncached)
+            return parts
+        except DrCloudError as error:
+            self._refuse(error)
+
+    async def _bring(self, offset: int, length: int, uncached: Uncached) -> None:
+        """Take one step towards having every byte of a range: regions, then objects, then groups."""
+        if self._closed:
+            raise OSError(errno.ESHUTDOWN, "the stack is closed")
+        pieces = list(_by_region(offset >> BLOCK_SHIFT, (offset + length + _OFFSET_MASK) >> BLOCK_SHIFT))
+        missing = [region for region, _, _ in pieces if self._regions[region] is None]
+        if missing:
+            await asyncio.gather(*(self._load(region) for region in missing))
+            return
+        runs = []
+        for region, start, stop in pieces:
+            table = self._regions[region]
+            if table is not None:
+                runs += [run for run in _runs_of(table, start, stop) if 0 < run[0] < LOCAL_BIT]
+        closed = {loc >> 32 for loc, _ in runs if self._cache.find(loc >> 32) is None}
+        if closed:
+            await asyncio.gather(*(asyncio.wrap_future(self._cache.open(number)) for number in closed))
+            return
+        waiting: dict[Future[Any], int] = {}
+        for loc, count in runs:
+            cached = self._cache.find(loc >> 32)
+            if cached is not None and not cached.has(loc & INDEX_MASK, count):
+                waiting.update(dict.fromkeys(self._cache.fetch(cached, loc & INDEX_MASK, count), cached.number))
+        for future, number in waiting.items():
+            for group, data in (await asyncio.wrap_future(future)).items():
+                uncached[number, group] = data
+
+    async def _load(self, region: int) -> None:
+        """Bring one region of the map."""
+        coming = self._loading.get(region)
+        if coming is None:
+            if self._image.is_hole(self._disk.index, region):
+                self._regions[region] = _HOLES
+                return
+            coming = self._cache.pool.submit(self._image.region, self._disk.index, region)
+            self._loading[region] = coming
+            coming.add_done_callback(lambda _: self._loading.pop(region, None))
+        locs = await asyncio.wrap_future(coming)
+        if self._regions[region] is None and not self._closed:
+            self._regions[region] = locs.data
+            if locs.flags.writeable:
+                self._own[region] = locs.data
+
+    def _refuse(self, error: DrCloudError) -> NoReturn:
+        event = "stack.damaged" if isinstance(error, DamagedError) else "stack.unavailable"
+        log.error(event, export=self.name, disk=self._disk.name, error=str(error))
+        raise OSError(errno.EIO, str(error)) from error
+
+    # Writing
+
+    def pwrite(self, offset: int, data: memoryview, fua: bool = False) -> Awaitable[None] | None:
+        """Write to the log; an awaitable where a region, or the rest of a partial block, must be fetched first."""
+        if len(data) == BLOCK_SIZE and not offset & _OFFSET_MASK:
+            block = offset >> BLOCK_SHIFT
+            own = self._own[block >> REGION_SHIFT]
+            if own is not None:
+                writes = self._writes
+                loc = own[block & REGION_MASK]
+                if LOCAL_BIT <= loc < _LOCAL_ZERO:
+                    slot = loc & _SLOT_MASK
+                else:
+                    slot = loc & _SLOT_MASK if loc >= _LOCAL_ZERO else writes.take(1)
+                    own[block & REGION_MASK] = LOCAL_BIT | slot
+                start = slot << BLOCK_SHIFT
+                writes.view[start : start + BLOCK_SIZE] = data
+                self.blocks_written += 1
+                return None
+        return self._write(offset, len(data), data)
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def trim(self, offset: int, length: int, fua: bool = False) -> Awaitable[None] | None:
+        """Make it read as zeroes."""
+        return self._write(offset, length, None)
+
+    def write_zeroes(
+        self, offset: int, length: int, fua: bool = False, may_trim: bool = True
+    ) -> Awaitable[None] | None:
+        """Make it read as zeroes, without storing them."""
+        return self._write(offset, length, None)
+
+    def _write(self, offset: int, length: int, data: memoryview | None) -> Awaitable[None] | None:
+        """Write `data`, or zeroes where it is None."""
+        if self._write_now(offset, length, data, {}):
+            return None
+        return self._write_cold(offset, length, data)
+
+    async def _write_cold(self, offset: int, length: int, data: memoryview | None) -> None:
+        uncached: Uncached = {}
+        try:
+            while not self._write_now(offset, length, data, uncached):
+                end = offset + length
+                # Of whole blocks only the map is needed, of a partial one the bytes too.
+                for region, _, _ in _by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
+                    if self._regions[region] is None:
+                        if self._closed:
+                            raise OSError(errno.ESHUTDOWN, "the stack is closed")
+                        await self._load(region)
+                for edge in {at >> BLOCK_SHIFT for at in (offset, end) if at & _OFFSET_MASK}:
+                    if self._read_block(edge, uncached) is None:
+                        await self._bring(edge << BLOCK_SHIFT, BLOCK_SIZE, uncached)
+        except DrCloudError as error:
+            self._refuse(error)
+
+    def _write_now(self, offset: int, length: int, data: memoryview | None, uncached: Uncached) -> bool:
+        """Write all of it in one step, or nothing and return False where something must be fetched first."""
+        if not length:
+            return True
+        end = offset + length
+        first, last = offset >> BLOCK_SHIFT, (end - 1) >> BLOCK_SHIFT
+        whole_first = (offset + _OFFSET_MASK) >> BLOCK_SHIFT
+        whole_end = max(end >> BLOCK_SHIFT, whole_first)
+        pieces = list(_by_region(whole_first, whole_end)) if whole_end > whole_first else []
+        edges = {block for block in (first, last) if not whole_first <= block < whole_end}
+        for region, start, stop in pieces:
+            if self._regions[region] is None and not (data is None and stop - start == REGION_BLOCKS):
+                return False
+        completed: list[tuple[int, bytearray]] = []
+        for block in edges:
+            base = self._read_block(block, uncached)
+            if base is None:
+                return False
+            begin = max(offset, block << BLOCK_SHIFT)
+            stop_byte = min(end, (block + 1) << BLOCK_SHIFT)
+            new = bytearray(base)
+            new[begin & _OFFSET_MASK : (begin & _OFFSET_MASK) + stop_byte - begin] = (
+                _ZEROES[: stop_byte - begin] if data is None else data[begin - offset : stop_byte - offset]
+            )
+            completed.append((block, new))
+        for block, new in completed:
+            self._store(block >> REGION_SHIFT, block & REGION_MASK, (block & REGION_MASK) + 1, memoryview(new))
+        at = (whole_first << BLOCK_SHIFT) - offset
+        for region, start, stop in pieces:
+            if data is None:
+                self._clear(region, start, stop)
+            else:
+                size = (stop - start) << BLOCK_SHIFT
+                self._store(region, start, stop, data[at : at + size])
+                at += size
+        self.blocks_written += last - first + 1
+        return True
+
+    def _read_block(self, block: int, uncached: Uncached) -> memoryview | None:
+        table = self._regions[block >> REGION_SHIFT]
+        parts: Parts = []
+        index = block & REGION_MASK
+        if table is None or not self._collect(table, index, index + 1, uncached, parts):
+            return None
+        return parts[0]
+
+    def _writable(self, region: int) -> Locs:
+        """Return a loaded region's locs as this stack's own."""
+        own = self._own[region]
+        if own is None:
+            table = self._regions[region]
+            assert table is not None, "a region is loaded before it is written"
+            own = self._own[region] = self._regions[region] = np.array(table, np.uint64).data
+        return np.asarray(own)
+
+    def _store(self, region: int, start: int, stop: int, data: memoryview) -> None:
+        """Put whole blocks of a loaded region into the log."""
+        locs = self._writable(region)[start:stop]
+        fresh = locs < _NP_LOCAL
+        count = int(np.count_nonzero(fresh))
+        if count:
+            slot = self._writes.take(count)
+            locs[fresh] = np.arange(LOCAL_BIT | slot, LOCAL_BIT | slot + count, dtype=np.uint64)
+        locs &= ~_NP_ZERO
+        at = 0
+        for loc, length in _runs(locs):
+            begin = (loc & _SLOT_MASK) << BLOCK_SHIFT
+            size = length << BLOCK_SHIFT
+            self._writes.view[begin : begin + size] = data[at : at + size]
+            at += size
+
+    def _clear(self, region: int, start: int, stop: int) -> None:
+        """Make whole blocks read as zeroes."""
+        if self._own[region] is None:
+            table = self._regions[region]
+            if stop - start == REGION_BLOCKS:
+                self._regions[region] = _HOLES
+                return
+            if table is not None and not np.asarray(table)[start:stop].any():
+                return
+        locs = self._writable(region)[start:stop]
+        local = locs >= _NP_LOCAL
+        locs[local] |= _NP_ZERO
+        locs[~local] = 0
+
+    # Block status
+
+    def block_status(self, offset: int, length: int) -> Sequence[Extent] | Awaitable[Sequence[Extent]]:
+        """Return runs of data and of holes (loc 0, and what the test trimmed)."""
+        return self._status(offset, length) or self._status_cold(offset, length)
+
+    async def _status_cold(self, offset: int, length: int) -> Sequence[Extent]:
+        try:
+            while not (extents := self._status(offset, length)):
+                if self._closed:
+                    raise OSError(errno.ESHUTDOWN, "the stack is closed")
+                await self._load(offset >> BLOCK_SHIFT >> REGION_SHIFT)
+            return extents
+        except DrCloudError as error:
+            self._refuse(error)
+
+    def _status(self, offset: int, length: int) -> list[Extent]:
+        """Return extents as far as regions are loaded: none if not even the first is."""
+        end = offset + length
+        runs: list[tuple[int, bool]] = []
+        """(where it ends, in bytes; is it a hole)"""
+        for region, start, stop in _by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
+            table = self._regions[region]
+            if table is None and not self._closed and self._image.is_hole(self._disk.index, region):
+                table = self._regions[region] = _HOLES
+            if table is None or len(runs) >= EXTENTS_MAX:
+                break
+            base = region << REGION_SHIFT
+            if table is _HOLES:
+                ends, holes = [stop], [True]
+            else:
+                locs = np.asarray(table)[start:stop]
+                hole = (locs == 0) | (locs >= _NP_LOCAL_ZERO)
+                cuts = np.flatnonzero(hole[1:] != hole[:-1])[: EXTENTS_MAX - len(runs)]
+                ends = [*(cuts + (start + 1)).tolist(), stop]
+                holes = hole[[0, *(cuts + 1).tolist()]].tolist()
+                if len(cuts) == EXTENTS_MAX - len(runs):
+                    ends.pop()
+                    holes.pop()
+            for run_end, run_hole in zip(ends, holes, strict=True):
+                run = ((base + run_end) << BLOCK_SHIFT, run_hole)
+                if runs and runs[-1][1] == run_hole:
+                    runs[-1] = run
+                else:
+                    runs.append(run)
+            if len(runs) >= EXTENTS_MAX:
+                break
+        extents = []
+        for run_end, run_hole in runs:
+            run_end = min(run_end, end)
+            extents.append(Extent(run_end - offset, run_hole))
+            offset = run_end
+        return extents
+
+
+def _by_region(first: int, end: int) -> Sequence[tuple[int, int, int]]:
+    """Return (region, start, stop within it) for blocks `first` … `end - 1`."""
+    if first >> REGION_SHIFT == (end - 1) >> REGION_SHIFT:
+        return ((first >> REGION_SHIFT, first & REGION_MASK, ((end - 1) & REGION_MASK) + 1),)
+    pieces = []
+    while first < end:
+        stop = min(end, ((first >> REGION_SHIFT) + 1) << REGION_SHIFT)
+        pieces.append((first >> REGION_SHIFT, first & REGION_MASK, ((stop - 1) & REGION_MASK) + 1))
+        first = stop
+    return pieces
+
+
+def _runs_of(table: memoryview, start: int, stop: int) -> Sequence[tuple[int, int]]:
+    """Return (loc, count) of the runs of adjacent locs, or of holes, in a part of a region."""
+    if stop - start == 1:
+        return ((table[start], 1),)
+    return _runs(np.asarray(table[start:stop]))
+
+
+def _runs(locs: Locs) -> Sequence[tuple[int, int]]:
+    joined = np.diff(locs) == 1
+    if joined.all():
+        return ((int(locs[0]), len(locs)),)
+    joined |= (locs[1:] == 0) & (locs[:-1] == 0)
+    starts = [0, *(np.flatnonzero(~joined) + 1).tolist()]
+    ends = [*starts[1:], len(locs)]
+    return [(int(locs[start]), end - start) for start, end in zip(starts, ends, strict=True)]
