@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from enum import Enum
-from typing import Final, Literal, NamedTuple
+from typing import NamedTuple
 
 from dr_cloud.model.errors import ProtocolError
 from dr_cloud.nbd import protocol as p
 from dr_cloud.nbd.export import Export
+from dr_cloud.nbd.protocol import START_TLS, Step
 from dr_cloud.nbd.table import ExportTable, Peer
 
 
@@ -30,16 +31,6 @@ class TlsMode(Enum):
     """The client may ask for TLS."""
     REQUIRE = "require"
     """Nothing is told to a client before it has started TLS."""
-
-
-class Upgrade(Enum):
-    """The step that is not bytes."""
-
-    START_TLS = "start-tls"
-
-
-START_TLS: Final = Upgrade.START_TLS
-Step = int | bytes | Literal[Upgrade.START_TLS]
 
 
 class Selected(NamedTuple):

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import errno
 import os
+from enum import Enum
 from struct import Struct
-from typing import Final
+from typing import Final, Literal
 
 from dr_cloud.nbd.export import Extent
 
@@ -133,6 +134,17 @@ DEFAULT_PORT: Final = 10809
 ERRORS_SENT: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EPERM, errno.EINVAL, errno.ESHUTDOWN})
 """NBD's error numbers are Linux's. Those an export may raise; any other becomes EIO."""
 ERRORS_RECEIVED: Final = ERRORS_SENT | {errno.ENOMEM, errno.EOVERFLOW, errno.EOPNOTSUPP}
+
+
+class Upgrade(Enum):
+    """The step of a handshake that is not bytes."""
+
+    START_TLS = "start-tls"
+
+
+START_TLS: Final = Upgrade.START_TLS
+Step = int | bytes | Literal[Upgrade.START_TLS]
+"""What a handshake without I/O yields: a number of bytes that it wants, bytes to send, or START_TLS."""
 
 
 def error_from_wire(number: int, text: str = "") -> OSError:

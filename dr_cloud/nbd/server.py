@@ -29,7 +29,8 @@ import structlog
 from dr_cloud.model.errors import DrCloudError, ProtocolError
 from dr_cloud.nbd import protocol as p
 from dr_cloud.nbd.export import Export
-from dr_cloud.nbd.handshake import START_TLS, Selected, Step, TlsMode, negotiate
+from dr_cloud.nbd.handshake import Selected, TlsMode, negotiate
+from dr_cloud.nbd.protocol import START_TLS, Step
 from dr_cloud.nbd.session import Session
 from dr_cloud.nbd.table import ExportTable, Peer
 
