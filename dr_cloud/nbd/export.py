@@ -25,6 +25,9 @@ class Export(Protocol):
 
     Errors: raise `OSError` with an errno (EIO, ENOSPC, EPERM, EINVAL, ESHUTDOWN reach the client as such; any other
     becomes EIO). Any other exception is logged and answered with EIO; the server goes on.
+
+    An export may also have an attribute `fast_zeroes`: True says that write_zeroes is never slower than writing, and
+    has FAST_ZERO offered to clients.
     """
 
     name: str
@@ -36,7 +39,10 @@ class Export(Protocol):
     block_size_preferred: int
 
     def pread(self, offset: int, length: int) -> Sequence[Buffer] | Awaitable[Sequence[Buffer]]:
-        """Return buffers that together hold the `length` bytes at `offset`. They are sent without a copy."""
+        """Return a list or tuple of byte buffers that together hold the `length` bytes at `offset`.
+
+        They are sent without a copy, perhaps after the call: what they show when they are sent is what is read.
+        """
         ...
 
     def pwrite(self, offset: int, data: memoryview, fua: bool) -> Awaitable[None] | None:
@@ -56,5 +62,5 @@ class Export(Protocol):
         ...
 
     def block_status(self, offset: int, length: int) -> Sequence[Extent] | Awaitable[Sequence[Extent]]:
-        """Return extents from `offset` on, covering at least one byte and at most `length` bytes."""
+        """Return a list or tuple of extents from `offset` on, covering at least one byte and at most `length`."""
         ...

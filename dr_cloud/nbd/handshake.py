@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from enum import Enum
-from typing import NamedTuple
 
 from dr_cloud.model.errors import ProtocolError
 from dr_cloud.nbd import protocol as p
 from dr_cloud.nbd.export import Export
 from dr_cloud.nbd.protocol import START_TLS, Step
+from dr_cloud.nbd.rules import Selected, transmission_flags
 from dr_cloud.nbd.table import ExportTable, Peer
 
 
@@ -31,26 +31,6 @@ class TlsMode(Enum):
     """The client may ask for TLS."""
     REQUIRE = "require"
     """Nothing is told to a client before it has started TLS."""
-
-
-class Selected(NamedTuple):
-    """What the client chose."""
-
-    export: Export
-    structured: bool
-    contexts: bool
-    """base:allocation was negotiated."""
-
-
-def transmission_flags(export: Export, structured: bool) -> int:
-    """Tell what the client may send to this export."""
-    flags = p.HAS_FLAGS | p.SEND_FLUSH | p.CAN_MULTI_CONN
-    if structured:
-        flags |= p.SEND_DF
-    if export.read_only:
-        return flags | p.READ_ONLY
-    flags |= p.SEND_FUA | p.SEND_TRIM | p.SEND_WRITE_ZEROES
-    return flags | p.SEND_FAST_ZERO if getattr(export, "fast_zeroes", False) else flags
 
 
 def negotiate(exports: ExportTable, peer: Callable[[], Peer], tls: TlsMode) -> Generator[Step, bytes, Selected | None]:

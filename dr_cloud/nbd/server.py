@@ -29,8 +29,9 @@ import structlog
 from dr_cloud.model.errors import DrCloudError, ProtocolError
 from dr_cloud.nbd import protocol as p
 from dr_cloud.nbd.export import Export
-from dr_cloud.nbd.handshake import Selected, TlsMode, negotiate
+from dr_cloud.nbd.handshake import TlsMode, negotiate
 from dr_cloud.nbd.protocol import START_TLS, Step
+from dr_cloud.nbd.rules import Selected
 from dr_cloud.nbd.session import Session
 from dr_cloud.nbd.table import ExportTable, Peer
 

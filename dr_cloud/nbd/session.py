@@ -29,7 +29,7 @@ import structlog
 
 from dr_cloud.nbd import protocol as p
 from dr_cloud.nbd.export import Buffer, Extent
-from dr_cloud.nbd.handshake import Selected
+from dr_cloud.nbd.rules import Selected, refusal
 
 log = structlog.get_logger(__name__)
 
@@ -51,16 +51,6 @@ _READ_CHUNK: Final = p.READ_CHUNK.pack
 _REQUEST: Final = p.REQUEST.unpack_from
 _REQUEST_BYTES: Final = p.REQUEST.size
 
-_FLAGS_TAKEN: Final = {
-    p.CMD_READ: p.CMD_FLAG_FUA | p.CMD_FLAG_DF,
-    p.CMD_WRITE: p.CMD_FLAG_FUA,
-    p.CMD_FLUSH: p.CMD_FLAG_FUA,
-    p.CMD_TRIM: p.CMD_FLAG_FUA,
-    p.CMD_WRITE_ZEROES: p.CMD_FLAG_FUA | p.CMD_FLAG_NO_HOLE | p.CMD_FLAG_FAST_ZERO,
-    p.CMD_BLOCK_STATUS: p.CMD_FLAG_FUA | p.CMD_FLAG_REQ_ONE,
-}
-_CHANGES: Final = frozenset({p.CMD_WRITE, p.CMD_TRIM, p.CMD_WRITE_ZEROES})
-
 
 class Session(asyncio.BufferedProtocol):
     """Serves one export to one client until either end closes."""
@@ -71,7 +61,6 @@ class Session(asyncio.BufferedProtocol):
         "_body_request",
         "_end",
         "_ending",
-        "_fast_zeroes",
         "_held",
         "_loop",
         "_lost",
@@ -106,7 +95,6 @@ class Session(asyncio.BufferedProtocol):
         """Done when the connection is gone and no call into the export is under way."""
         self._size_bytes = selected.export.size_bytes
         self._mask = selected.export.block_size_minimum - 1
-        self._fast_zeroes = bool(getattr(selected.export, "fast_zeroes", False))
         self._structured = selected.structured
 
         self._view = memoryview(bytearray(RECEIVE_BYTES))
@@ -144,7 +132,7 @@ class Session(asyncio.BufferedProtocol):
             self._transport.abort()
             for future in self._pending:
                 future.cancel()
-            done, _ = await asyncio.wait([self.ended], timeout=grace_seconds)
+            done, _ = await asyncio.wait([self.ended], timeout=max(grace_seconds, 1.0))
             if not done:
                 log.error("nbd.calls_hang", export=self.export.name, calls=len(self._pending))
 
@@ -215,9 +203,9 @@ class Session(asyncio.BufferedProtocol):
                     or offset + length > size_bytes
                     or ((offset | length) & mask)
                 ):
-                    refusal = self._refusal(command, flags, offset, length)
-                    if refusal:
-                        self._fail(command, cookie, offset, refusal)
+                    refused = refusal(self._selected, command, flags, offset, length)
+                    if refused:
+                        self._fail(command, cookie, offset, refused)
                         continue
                 try:
                     parts = pread(offset, length)
@@ -304,9 +292,9 @@ class Session(asyncio.BufferedProtocol):
 
     def _write(self, flags: int, cookie: int, offset: int, data: memoryview, in_receive_buffer: bool) -> bool:
         """Do a write whose payload is complete; return whether it still needs `data`."""
-        refusal = self._refusal(p.CMD_WRITE, flags, offset, len(data))
-        if refusal:
-            self._fail(p.CMD_WRITE, cookie, offset, refusal)
+        refused = refusal(self._selected, p.CMD_WRITE, flags, offset, len(data))
+        if refused:
+            self._fail(p.CMD_WRITE, cookie, offset, refused)
             return False
         try:
             result = self.export.pwrite(offset, data, bool(flags & p.CMD_FLAG_FUA))
@@ -322,9 +310,9 @@ class Session(asyncio.BufferedProtocol):
 
     def _serve_other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
         """Do everything but reads and writes."""
-        refusal = self._refusal(command, flags, offset, length)
-        if refusal:
-            self._fail(command, cookie, offset, refusal)
+        refused = refusal(self._selected, command, flags, offset, length)
+        if refused:
+            self._fail(command, cookie, offset, refused)
             return
         export, fua = self.export, bool(flags & p.CMD_FLAG_FUA)
         result: Any
@@ -345,27 +333,6 @@ class Session(asyncio.BufferedProtocol):
             self._fail(command, cookie, offset, error)
             return
         self._wait(result, command, cookie, offset, length)
-
-    def _refusal(self, command: int, flags: int, offset: int, length: int) -> int:
-        """Return the error number for a request that the export must not see, or 0."""
-        taken = _FLAGS_TAKEN.get(command)
-        if taken is None or flags & ~taken:
-            return errno.EINVAL
-        if flags & p.CMD_FLAG_FAST_ZERO and not self._fast_zeroes:
-            return errno.EOPNOTSUPP if command == p.CMD_WRITE_ZEROES else errno.EINVAL
-        if flags & p.CMD_FLAG_DF and not self._structured:
-            return errno.EINVAL
-        if command == p.CMD_BLOCK_STATUS and not self._selected.contexts:
-            return errno.EINVAL
-        if command == p.CMD_FLUSH:
-            return errno.EINVAL if offset or length else 0
-        if command in _CHANGES and self.export.read_only:
-            return errno.EPERM
-        if offset + length > self._size_bytes:
-            return errno.ENOSPC if command in (p.CMD_WRITE, p.CMD_WRITE_ZEROES) else errno.EINVAL
-        if not length or (command == p.CMD_READ and length > p.PAYLOAD_BYTES_MAX) or (offset | length) & self._mask:
-            return errno.EINVAL
-        return 0
 
     # Replies ---------------------------------------------------------------------------------------
     def _wait(
