@@ -1,0 +1,1 @@
+"""Recovery tests: the search for the last clean point in time."""
