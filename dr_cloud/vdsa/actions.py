@@ -1,0 +1,92 @@
+"""What the source VDSA's core asks its shell to do, and the bounds it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dr_cloud.link.messages import Durable
+from dr_cloud.vdsa.batch import Batch, Prepared
+
+
+@dataclass(frozen=True)
+class SourceLimits:
+    """The bounds of a source and its rhythm."""
+
+    checkpoint_seconds: float = 5.0
+    batch_seconds: float = 0.005
+    """How long a batch may stay open."""
+    batches_max: int = 16
+    """Batches under way: being hashed, offered or sealed."""
+    kept_bytes_max: int = 256 << 20
+    """Sealed bytes that are not durable yet."""
+    cut_bytes: int = 40 << 20
+    """Sealed bytes after which a checkpoint is made early."""
+    cut_bytes_max: int = 80 << 20
+    """Sealed bytes beyond which only taps that hold the checkpoint back are read."""
+    hung_seconds: float = 30.0
+    """How long a tap may leave a MARK unanswered."""
+
+
+class Prepare(NamedTuple):
+    """Hash this batch; answer with `prepared`."""
+
+    stream: bytes
+    number: int
+    batch: Batch
+
+
+class Seal(NamedTuple):
+    """Seal this batch; answer with `sealed`."""
+
+    stream: bytes
+    number: int
+    prepared: Prepared
+    locs: NDArray[np.uint64]
+
+
+class Send(NamedTuple):
+    """Send this message to the target, over any connection."""
+
+    message: str | bytes
+
+
+class SendTap(NamedTuple):
+    """Send these bytes to a tap."""
+
+    connection: int
+    data: bytes
+
+
+class CloseTap(NamedTuple):
+    """Close a tap's connection."""
+
+    connection: int
+    reason: str
+
+
+class ReadTap(NamedTuple):
+    """Read from a tap's connection, or stop to."""
+
+    connection: int
+    reading: bool
+
+
+class FlushSoon(NamedTuple):
+    """Call `flush` after `SourceLimits.batch_seconds`."""
+
+
+class NewStream(NamedTuple):
+    """Drop the link and connect again: the core's stream is a new one."""
+
+
+class Answer(NamedTuple):
+    """A checkpoint asked for with `request_checkpoint` is durable."""
+
+    durable: Durable
+
+
+Action = Prepare | Seal | Send | SendTap | CloseTap | ReadTap | FlushSoon | NewStream | Answer
