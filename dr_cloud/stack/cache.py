@@ -112,6 +112,7 @@ class ObjectCache:
         self._opening: dict[int, Future[CachedObject]] = {}
         self._lock = Lock()
         self._full = False
+        self._unswept_bytes = 0
         self.fetched_bytes = 0
 
     def close(self) -> None:
@@ -190,11 +191,15 @@ class ObjectCache:
         return np.frombuffer(table, np.uint64)
 
     def tidy(self) -> None:
-        """Note what is in use, let idle objects go if there is need, and evict. Call every half minute or so."""
+        """Note what is in use, let idle objects go if there is need, and evict.
+
+        To be called every half minute or so, and called here whenever a sixteenth of the limit was filled.
+        """
         used_bytes = self.folder.used_bytes()
         with self._lock:
             used = dict(self.objects)
             self._full = False
+            self._unswept_bytes = 0
             if used_bytes > self.folder.limit_bytes or len(used) + len(self._idle) > MAPPED_OBJECTS_MAX // 2:
                 self._idle.clear()
             self._idle.update(used)
@@ -266,6 +271,8 @@ class ObjectCache:
                     for group, data in enumerate(self._read(cached, begin, end), begin):
                         if isinstance(data, Exception) or not self._keep(cached, filling, group, data):
                             lost[group] = data
+            if self._unswept_bytes > self.folder.limit_bytes >> 4:
+                self.tidy()
             return lost
         finally:
             with self._lock:
@@ -293,6 +300,7 @@ class ObjectCache:
         except OSError:
             self._full = True
             return False
+        self._unswept_bytes += len(data)
         return True
 
 

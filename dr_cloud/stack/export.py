@@ -26,7 +26,7 @@ import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import numpy as np
 import structlog
@@ -43,7 +43,7 @@ from dr_cloud.model.blocks import (
 from dr_cloud.model.errors import DamagedError, DrCloudError
 from dr_cloud.model.journal import Disk
 from dr_cloud.nbd.export import Buffer, Extent
-from dr_cloud.stack.cache import Locs, ObjectCache
+from dr_cloud.stack.cache import CachedObject, Group, Locs, ObjectCache
 from dr_cloud.stack.image import HOLES, Image, region_count
 from dr_cloud.stack.writelog import WriteLog
 
@@ -64,8 +64,18 @@ EXTENTS_MAX: Final = 4096
 _HOLES: Final = HOLES.data
 
 Parts = list[memoryview]
-Uncached = dict[tuple[int, int], Any]
-"""(object, group) → the blocks of a group that could not be kept in the cache, or the error it gave."""
+
+
+class _Brought:
+    """What was brought for one request: it is held until the request is answered."""
+
+    __slots__ = ("groups", "objects")
+
+    def __init__(self) -> None:
+        self.objects: dict[int, CachedObject] = {}
+        """So that nothing it needs is let go, or evicted, in between."""
+        self.groups: dict[tuple[int, int], Group] = {}
+        """Groups that could not be kept in the cache: (object, group) → the blocks, or the error it gave."""
 
 
 class StackExport:
@@ -134,9 +144,9 @@ class StackExport:
                     self.blocks_read += 1
                     start = (loc & _SLOT_MASK) << BLOCK_SHIFT
                     return (self._writes.view[start : start + BLOCK_SIZE],)
-        return self._read(offset, length, {}) or self._read_cold(offset, length)
+        return self._read(offset, length, None) or self._read_cold(offset, length)
 
-    def _read(self, offset: int, length: int, uncached: Uncached) -> Parts | None:
+    def _read(self, offset: int, length: int, brought: _Brought | None) -> Parts | None:
         """Return the bytes, or None where some are not there yet."""
         if not length:
             return [_ZEROES[:0]]
@@ -145,7 +155,7 @@ class StackExport:
         parts: Parts = []
         for region, start, stop in _by_region(first, end):
             table = self._regions[region]
-            if table is None or not self._collect(table, start, stop, uncached, parts):
+            if table is None or not self._collect(table, start, stop, brought, parts):
                 return None
         if offset & _OFFSET_MASK:
             parts[0] = parts[0][offset & _OFFSET_MASK :]
@@ -157,7 +167,7 @@ class StackExport:
             self.on_served = None
         return parts
 
-    def _collect(self, table: memoryview, start: int, stop: int, uncached: Uncached, parts: Parts) -> bool:
+    def _collect(self, table: memoryview, start: int, stop: int, brought: _Brought | None, parts: Parts) -> bool:
         """Append the bytes of blocks `start` … `stop - 1` of a region; False where some are not there yet."""
         for loc, count in _runs_of(table, start, stop):
             if LOCAL_BIT <= loc < _LOCAL_ZERO:
@@ -172,11 +182,13 @@ class StackExport:
                 continue
             number, index = loc >> 32, loc & INDEX_MASK
             cached = self._cache.find(number)
+            if cached is None and brought is not None:
+                cached = brought.objects.get(number)
             if cached is None:
                 return False
             if cached.has(index, count):
                 parts.append(cached.data[index << BLOCK_SHIFT : (index + count) << BLOCK_SHIFT])
-            elif not uncached:
+            elif brought is None:
                 return False
             else:
                 for at in range(index, index + count):
@@ -184,7 +196,7 @@ class StackExport:
                         parts.append(cached.data[at << BLOCK_SHIFT : (at + 1) << BLOCK_SHIFT])
                         continue
                     group, _ = cached.groups(at, 1)
-                    data = uncached.get((number, group))
+                    data = brought.groups.get((number, group))
                     if data is None:
                         return False
                     if isinstance(data, Exception):
@@ -194,15 +206,15 @@ class StackExport:
         return True
 
     async def _read_cold(self, offset: int, length: int) -> Sequence[Buffer]:
-        uncached: Uncached = {}
+        brought = _Brought()
         try:
-            while (parts := self._read(offset, length, uncached)) is None:
-                await self._bring(offset, length, uncached)
+            while (parts := self._read(offset, length, brought)) is None:
+                await self._bring(offset, length, brought)
             return parts
         except DrCloudError as error:
             self._refuse(error)
 
-    async def _bring(self, offset: int, length: int, uncached: Uncached) -> None:
+    async def _bring(self, offset: int, length: int, brought: _Brought) -> None:
         """Take one step towards having every byte of a range: regions, then objects, then groups."""
         if self._closed:
             raise OSError(errno.ESHUTDOWN, "the stack is closed")
@@ -216,18 +228,19 @@ class StackExport:
             table = self._regions[region]
             if table is not None:
                 runs += [run for run in _runs_of(table, start, stop) if 0 < run[0] < LOCAL_BIT]
-        closed = {loc >> 32 for loc, _ in runs if self._cache.find(loc >> 32) is None}
-        if closed:
-            await asyncio.gather(*(asyncio.wrap_future(self._cache.open(number)) for number in closed))
-            return
-        waiting: dict[Future[Any], int] = {}
+        for number in {loc >> 32 for loc, _ in runs}:
+            mapped = self._cache.find(number) or brought.objects.get(number)
+            if mapped is None:
+                mapped = await asyncio.wrap_future(self._cache.open(number))
+            brought.objects[number] = mapped
+        waiting: dict[Future[dict[int, Group]], int] = {}
         for loc, count in runs:
-            cached = self._cache.find(loc >> 32)
-            if cached is not None and not cached.has(loc & INDEX_MASK, count):
+            cached = brought.objects[loc >> 32]
+            if not cached.has(loc & INDEX_MASK, count):
                 waiting.update(dict.fromkeys(self._cache.fetch(cached, loc & INDEX_MASK, count), cached.number))
         for future, number in waiting.items():
             for group, data in (await asyncio.wrap_future(future)).items():
-                uncached[number, group] = data
+                brought.groups[number, group] = data
 
     async def _load(self, region: int) -> None:
         """Bring one region of the map."""
@@ -286,14 +299,14 @@ class StackExport:
 
     def _write(self, offset: int, length: int, data: memoryview | None) -> Awaitable[None] | None:
         """Write `data`, or zeroes where it is None."""
-        if self._write_now(offset, length, data, {}):
+        if self._write_now(offset, length, data, None):
             return None
         return self._write_cold(offset, length, data)
 
     async def _write_cold(self, offset: int, length: int, data: memoryview | None) -> None:
-        uncached: Uncached = {}
+        brought = _Brought()
         try:
-            while not self._write_now(offset, length, data, uncached):
+            while not self._write_now(offset, length, data, brought):
                 end = offset + length
                 # Of whole blocks only the map is needed, of a partial one the bytes too.
                 for region, _, _ in _by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
@@ -302,12 +315,12 @@ class StackExport:
                             raise OSError(errno.ESHUTDOWN, "the stack is closed")
                         await self._load(region)
                 for edge in {at >> BLOCK_SHIFT for at in (offset, end) if at & _OFFSET_MASK}:
-                    if self._read_block(edge, uncached) is None:
-                        await self._bring(edge << BLOCK_SHIFT, BLOCK_SIZE, uncached)
+                    if self._read_block(edge, brought) is None:
+                        await self._bring(edge << BLOCK_SHIFT, BLOCK_SIZE, brought)
         except DrCloudError as error:
             self._refuse(error)
 
-    def _write_now(self, offset: int, length: int, data: memoryview | None, uncached: Uncached) -> bool:
+    def _write_now(self, offset: int, length: int, data: memoryview | None, brought: _Brought | None) -> bool:
         """Write all of it in one step, or nothing and return False where something must be fetched first."""
         if not length:
             return True
@@ -322,7 +335,7 @@ class StackExport:
                 return False
         completed: list[tuple[int, bytearray]] = []
         for block in edges:
-            base = self._read_block(block, uncached)
+            base = self._read_block(block, brought)
             if base is None:
                 return False
             begin = max(offset, block << BLOCK_SHIFT)
@@ -345,11 +358,11 @@ class StackExport:
         self.blocks_written += last - first + 1
         return True
 
-    def _read_block(self, block: int, uncached: Uncached) -> memoryview | None:
+    def _read_block(self, block: int, brought: _Brought | None) -> memoryview | None:
         table = self._regions[block >> REGION_SHIFT]
         parts: Parts = []
         index = block & REGION_MASK
-        if table is None or not self._collect(table, index, index + 1, uncached, parts):
+        if table is None or not self._collect(table, index, index + 1, brought, parts):
             return None
         return parts[0]
 
