@@ -1,0 +1,254 @@
+"""The feed: the tap's connection to its source VDSA, and the synchronisations over it.
+
+Purpose
+    Carries the messages that `dr_cloud.tap.tap` queues over a unix socket (`dr_cloud.tap.wire`) and brings back what
+    the VDSA says. It takes its turns on the guest's event loop, so each turn is short: a batch of 256 KiB, a piece of
+    a synchronisation of the same size.
+
+Retries
+    It connects for ever, 50 ms to 2 s apart. A connection that breaks, or a VDSA that breaks the protocol, costs the
+    queue; the set bits are sent again on the next one. A VDSA that stops reading fills the socket, then the queue; that
+    is dropped at its limit, and when the socket has drained a synchronisation begins.
+
+Synchronisation
+    Blocks that a guest writes while they are read are left out, because their copies are queued behind. Holes and
+    zeroes go as ranges. A piece waits until the queue is nearly empty, so guests' copies come first. A block that
+    cannot be read keeps its bit; another round begins some seconds later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, cast
+
+import structlog
+
+from dr_cloud.model.blocks import BLOCK_SHIFT, blocks_of
+from dr_cloud.model.errors import ProtocolError
+from dr_cloud.tap import wire
+from dr_cloud.tap.disk import Disk
+from dr_cloud.tap.export import read_padded
+from dr_cloud.tap.tap import State, Tap
+
+BATCH_SECONDS_MAX: Final = 0.001
+PIECE_BLOCKS: Final = 64
+"""Blocks that a synchronisation reads and queues in one turn."""
+SYNC_QUEUE_BYTES_MAX: Final = 1 << 20
+"""A piece is read only while less than this is queued."""
+TRANSPORT_BYTES_HIGH: Final = 1 << 20
+TRANSPORT_BYTES_LOW: Final = 256 << 10
+BACKOFF_SECONDS_MIN: Final = 0.05
+BACKOFF_SECONDS_MAX: Final = 2.0
+UNREADABLE_SECONDS: Final = 5.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Feed(asyncio.Protocol):
+    """Keeps one tap connected to one VDSA. `run` never returns; cancel it to stop."""
+
+    def __init__(self, tap: Tap, disks: Sequence[Disk], path: Path) -> None:
+        """Take over `tap`'s hooks.
+
+        Args:
+            tap: Its bitmap's disks stand in the same order as `disks`.
+            disks: Where the blocks to send again are read.
+            path: The VDSA's unix socket; it need not exist yet.
+        """
+        self._tap = tap
+        self._disks = {id(bits): disk for bits, disk in zip(tap.bitmap.disks, disks, strict=True)}
+        self._path = path
+        self._transport: asyncio.Transport | None = None
+        self._paused = False
+        self._received = bytearray()
+        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        tap.on_batch = self._push_later
+        tap.on_full = self._push_soon
+        tap.on_change = self._changed.set
+
+    async def run(self) -> None:
+        """Connect, follow the connection to its end, and so on."""
+        backoff = BACKOFF_SECONDS_MIN
+        told = False
+        try:
+            while True:
+                try:
+                    await self._loop.create_unix_connection(lambda: self, str(self._path))
+                except OSError as error:
+                    if not told:
+                        _log.warning("tap.no_vdsa", socket=str(self._path), error=str(error))
+                        told = True
+                    await asyncio.sleep(backoff)
+                    backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
+                    continue
+                told = False
+                since = self._loop.time()
+                await self._follow()
+                if self._loop.time() - since > BACKOFF_SECONDS_MAX:
+                    backoff = BACKOFF_SECONDS_MIN
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
+        finally:
+            if self._transport is not None:
+                self._transport.abort()
+                self.connection_lost(None)
+
+    async def _follow(self) -> None:
+        """Begin a synchronisation whenever copies are missing and the socket has drained, until the connection ends."""
+        while self._transport is not None:
+            if self._tap.state is State.TRACKING and not self._paused and not self._tap.queued_bytes:
+                await self._synchronise()
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Say HELLO."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(TRANSPORT_BYTES_HIGH, TRANSPORT_BYTES_LOW)
+        self._paused = False
+        self._received.clear()
+        self._tap.connected()
+        self._push()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Go on by bits alone."""
+        if self._transport is not None:
+            self._transport = None
+            self._tap.lost()
+
+    def pause_writing(self) -> None:
+        """The VDSA is behind: let the queue grow."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """The VDSA has caught up."""
+        self._paused = False
+        self._changed.set()
+        self._push()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the VDSA says."""
+        received = self._received
+        received += data
+        at = 0
+        try:
+            while len(received) - at >= wire.HEAD_BYTES:
+                kind, _, _, _, sequence, _, _, mark_id = wire.HEAD.unpack_from(received, at)
+                at += wire.HEAD_BYTES
+                if kind == wire.DURABLE:
+                    self._tap.durable(sequence)
+                elif kind == wire.MARK:
+                    self._tap.mark(mark_id)
+                elif kind == wire.RESYNC:
+                    self._tap.drop("the VDSA asked for it")
+                else:
+                    raise ProtocolError(f"a VDSA sends no message of type {kind}")
+        except ProtocolError as error:
+            _log.error("tap.vdsa_protocol", error=str(error))
+            if self._transport is not None:
+                self._transport.abort()
+        del received[:at]
+
+    # Sending.
+
+    def _push_later(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(BATCH_SECONDS_MAX, self._push_due)
+
+    def _push_due(self) -> None:
+        self._timer = None
+        self._push()
+
+    def _push_soon(self) -> None:
+        # Not from within the guest's write: that is answered first.
+        self._loop.call_soon(self._push)
+
+    def _push(self) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        while not self._paused and (batch := self._tap.take()) is not None:
+            transport.writelines(batch)
+        if self._tap.queued_bytes <= SYNC_QUEUE_BYTES_MAX:
+            self._changed.set()
+
+    # Synchronising.
+
+    async def _synchronise(self) -> None:
+        """Send every block of TO_SEND."""
+        tap = self._tap
+        try:
+            await asyncio.to_thread(tap.bitmap.flush)
+        except OSError as error:
+            # It guards against the loss of the whole host only, and after that everything is sent again.
+            _log.error("tap.bitmap_flush_failed", file=str(tap.bitmap.path), error=str(error))
+        if self._transport is None or tap.state is not State.TRACKING or not tap.begin_sync():
+            return
+        number = tap.sync_number
+        _log.info("tap.sync_begins", blocks=tap.bitmap.dirty_blocks())
+        all_read = True
+        for bits, first, stop in tap.sync_runs():
+            disk = self._disks[id(bits)]
+            data_stop = first
+            while first < stop:
+                if not await self._room(number):
+                    return
+                watch = tap.watch(bits, first, stop - first)
+                data: memoryview | None = None
+                try:
+                    if first >= data_stop:
+                        hole = await _hole_blocks(disk, first, stop)
+                        data_stop = first if hole > 0 else first - hole
+                        watch.count = abs(hole)
+                    if first < data_stop:
+                        watch.count = min(PIECE_BLOCKS, data_stop - first)
+                        data = await read_padded(disk, first << BLOCK_SHIFT, (first + watch.count) << BLOCK_SHIFT)
+                except OSError as error:
+                    _log.error("tap.block_unreadable", disk=bits.disk.name, block=first, error=str(error))
+                    all_read = False
+                    watch.count = min(PIECE_BLOCKS, stop - first)
+                    if tap.sync_number == number:
+                        tap.skip_sync(watch)
+                else:
+                    if tap.sync_number == number:
+                        tap.send_sync(watch, data)
+                first += watch.count
+        if all_read:
+            tap.end_sync()
+            return
+        await asyncio.sleep(UNREADABLE_SECONDS)
+        if tap.sync_number == number:
+            tap.drop("blocks could not be read in the synchronisation")
+
+    async def _room(self, number: int) -> bool:
+        """Wait until a piece may be read; return False if this synchronisation was broken off."""
+        await asyncio.sleep(0)
+        while self._tap.sync_number == number:
+            if not self._paused and self._tap.queued_bytes <= SYNC_QUEUE_BYTES_MAX:
+                return True
+            self._changed.clear()
+            await self._changed.wait()
+        return False
+
+
+async def _hole_blocks(disk: Disk, first: int, stop: int) -> int:
+    """Return how many blocks from `first` on are a hole, or minus how many are data; at least one, at most to `stop`.
+
+    A hole that covers a block only in part counts as data.
+    """
+    start = first << BLOCK_SHIFT
+    length = min(stop << BLOCK_SHIFT, disk.size_bytes) - start
+    answer = disk.extents(start, length, 1)
+    extent = (answer if isinstance(answer, Sequence) else await answer)[0]
+    if extent.length >= length:
+        return stop - first if extent.hole else first - stop
+    if extent.hole:
+        return extent.length >> BLOCK_SHIFT or -1
+    return -blocks_of(extent.length)
