@@ -1,4 +1,4 @@
-"""The production machine of the demonstration, a process of its own: a database that commits numbered rows all the time.
+"""The production machine of the demonstration, a process of its own: a database that commits rows all the time.
 
 Run as `python -m dr_cloud.demo.workload URI DIRECTORY --from-seconds A --to-seconds B`. It stops on SIGTERM. At a
 moment that it draws at random between A and B, and tells nobody, it overwrites pages of old rows with noise, as

@@ -120,6 +120,7 @@ class Catalogue:
             chosen = self.checkpoints[before.number + 1 if before else 0 : cover.number + 1]
         return ImagePlan(
             scope=self.scope,
+            journal=cover.journal,
             asked_ns=asked_ns,
             at_ns=served_ns,
             note=note,

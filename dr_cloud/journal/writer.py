@@ -34,6 +34,7 @@ Crash recovery
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -156,6 +157,7 @@ class JournalWriter:
             opening = Checkpoint(
                 number=before.number + 1 if before else 0,
                 generation=self.generation,
+                journal=before.journal if before else secrets.token_hex(16),
                 kind="open",
                 time_ns=before.time_ns if before else 0,
                 exact_from_ns=before.time_ns if before else 0,
@@ -306,6 +308,7 @@ class JournalWriter:
         checkpoint = Checkpoint(
             number=before.number + 1,
             generation=self.generation,
+            journal=before.journal,
             kind=kind,
             time_ns=time_ns,
             exact_from_ns=before.time_ns if exact else time_ns,

@@ -59,6 +59,8 @@ class Checkpoint(_Record):
 
     number: int = Field(ge=0)
     generation: int = Field(gt=0)
+    journal: str = ""
+    """The journal's identity, drawn at random when it was begun: tells it from another at the same place."""
     kind: CheckpointKind
     time_ns: int
     exact_from_ns: int
@@ -95,6 +97,8 @@ class ImagePlan(_Record):
     """
 
     scope: Scope
+    journal: str = ""
+    """The journal's identity: what is cached of one journal is never taken for another's."""
     asked_ns: int
     at_ns: int
     note: str = ""
