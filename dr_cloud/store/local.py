@@ -16,6 +16,7 @@ deletes such files once they are an hour old; a put that slept so long fails and
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import secrets
@@ -67,10 +68,24 @@ class LocalObjectStore(ObstoreStore):
         except FileExistsError:
             raise ObjectExistsError(f"{self.name}: object {key} exists already") from None
         except OSError as error:
-            remedy = "Free space there." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            raise StoreUnavailableError(
-                f"{self.name}: {key}: {error.strerror}", remedy, error.errno in _TEMPORARY
-            ) from error
+            raise self._failed(key, error) from error
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`. The folder stays."""
+        try:
+            os.unlink(f"{self._root}/{check_key(key)}")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return
+        except OSError as error:
+            raise self._failed(key, error) from error
+
+    def list(self, prefix: str, after: str = "") -> builtins.list[tuple[str, int]]:
+        """See `Store.list`."""
+        return [entry for entry in super().list(prefix, after) if not entry[0].startswith(f"{PARTIAL}/")]
+
+    def _failed(self, key: str, error: OSError) -> StoreUnavailableError:
+        remedy = "Free space there." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return StoreUnavailableError(f"{self.name}: {key}: {error.strerror}", remedy, error.errno in _TEMPORARY)
 
     def _write(self, path: str, data: Data) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

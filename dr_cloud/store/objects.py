@@ -30,6 +30,8 @@ from dr_cloud.store.errors import ObjectExistsError, ObjectMissingError, StoreUn
 from dr_cloud.store.store import Data, check_key, check_range
 
 _TEMPORARY_STATUS: Final = frozenset({408, 409, 425, 429})
+_DENIED_CODES: Final = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
+"""Some servers give these a status of their own, like 404."""
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([^<]*)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
@@ -89,6 +91,9 @@ class ObstoreStore:
         check_key(key)
         try:
             return obstore.head(self._inner, key)["size"]
+        except FileNotFoundError:
+            # The answer to HEAD has no body: a missing bucket or an unknown user may look like this too.
+            return len(self.get(key))
         except Exception as error:
             raise self._translate(error, key) from error
 
@@ -131,16 +136,18 @@ class ObstoreStore:
         status = int(match[1]) if (match := _STATUS.search(text)) else 0
         code = match[1] if (match := _CODE.search(text)) else ""
         said = match[1] if (match := _MESSAGE.search(text)) else text.split("\n", 1)[0]
-        where = f"{self.name}: {key}: "
-        if code == "NoSuchBucket" or (putting and status == 404):
+        where = f"{self.name}: {key}: " if key else f"{self.name}: "
+        if code == "NoSuchBucket" or (putting and status == 404 and not code):
             return StoreUnavailableError(
                 f"{self.name}: no such bucket", "Create the bucket, or correct its name in the store's URL.", False
             )
-        if isinstance(error, FileNotFoundError) and not putting:
-            return ObjectMissingError(f"{self.name}: no object {key}")
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
+        if denied or status in (401, 403) or code in _DENIED_CODES:
             remedy = _CREDENTIALS_REMEDY if status else "Give this user the right to read and write there."
             return StoreUnavailableError(f"{where}access denied: {code or said}", remedy, False)
+        # "Missing" is an answer that callers act on, so nothing else that is a 404 may pass for it.
+        if isinstance(error, FileNotFoundError) and not putting and code in ("", "NoSuchKey"):
+            return ObjectMissingError(f"{self.name}: no object {key}")
         if "169.254.169.254" in text:
             return StoreUnavailableError(f"{where}no credentials were found", _CREDENTIALS_REMEDY)
         temporary = not 400 <= status < 500 or status in _TEMPORARY_STATUS

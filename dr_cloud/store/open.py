@@ -34,10 +34,10 @@ def open_store(url: str) -> Store:
         parts = urlsplit(url)
         query = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         options = {name: values[-1] for name, values in query.items()}
-        credentials = parts.username is not None or parts.password is not None
+        addresses = (parts, urlsplit(options.get("endpoint", "")))
     except ValueError as error:
         raise _bad(url, str(error)) from error
-    if credentials:
+    if any(address.username is not None or address.password is not None for address in addresses):
         # The URL itself is not repeated: it holds a secret.
         raise DrCloudError(
             "a store's URL must not hold credentials", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
@@ -68,7 +68,7 @@ def _s3(url: str, bucket: str, prefix: str, options: dict[str, str]) -> Store:
     endpoint = options.get("endpoint", "").rstrip("/")
     if endpoint:
         address = urlsplit(endpoint)
-        if address.scheme not in ("http", "https") or not address.hostname or address.username is not None:
+        if address.scheme not in ("http", "https") or not address.hostname:
             raise _bad(url, "the endpoint must be like http://host:port or https://host")
     return open_s3(f"s3://{bucket}/{prefix}".rstrip("/"), bucket, prefix, endpoint, options.get("region", ""))
 

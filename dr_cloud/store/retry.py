@@ -4,14 +4,15 @@ What is retried: `StoreUnavailableError` that says it is temporary; never "missi
 Bounded by attempts and by time, with exponential waits and jitter; each retry is logged.
 
 The put whose answer was lost: the object may be there although the put failed, and then the next try says "exists".
-So after a failure of a key "exists" is compared: the same bytes mean that it was ours. This holds also when the
-retries of one call were used up and the caller asks again later. Writers that race for a key must therefore put
-different bytes (`Store.put_new`).
+So after a put failed, "exists" is compared: the same bytes mean that it was ours. This holds also when the retries of
+one call were used up and the caller asks again later with the same bytes. Writers that race for a key must therefore
+put different bytes (`Store.put_new`).
 """
 
 from __future__ import annotations
 
 import builtins
+import hashlib
 from typing import Final
 
 import stamina
@@ -21,6 +22,10 @@ from dr_cloud.store.store import Data, Store
 
 ATTEMPTS_MAX: Final = 6
 SECONDS_MAX: Final = 60.0
+
+
+def _digest(data: Data) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _is_temporary(error: Exception) -> bool:
@@ -39,7 +44,7 @@ class RetryingStore:
         wait_seconds: float = 0.1,
     ) -> None:
         self._inner = inner
-        self._unsure: set[str] = set()
+        self._unsure: set[tuple[str, bytes]] = set()
         self._retried = stamina.RetryingCaller(
             attempts=attempts_max,
             timeout=seconds_max,
@@ -76,13 +81,19 @@ class RetryingStore:
         try:
             self._inner.put_new(key, data)
         except StoreUnavailableError:
-            self._unsure.add(key)
+            self._unsure.add((key, _digest(data)))
             raise
         except ObjectExistsError:
-            if key not in self._unsure or not self._holds(key, data):
-                self._unsure.discard(key)
+            ours = (key, _digest(data))
+            if ours not in self._unsure:
                 raise
-        self._unsure.discard(key)
+            held = self._holds(key, data)
+            self._unsure.discard(ours)
+            if not held:
+                raise
+        else:
+            if self._unsure:
+                self._unsure.discard((key, _digest(data)))
 
     def _holds(self, key: str, data: Data) -> bool:
         try:

@@ -1,0 +1,123 @@
+"""Installs the outside programs that tests and benchmarks use. Standard library only: it runs before the venv is there.
+
+    python3 infra/tools.py           install what is missing, then say what still is
+    python3 infra/tools.py --check   only say what is missing
+
+Debian packages are installed with apt-get when this user may (root, or sudo without a password). The S3 server of the
+store's tests is built by `go install` from a pinned version into .tools/bin and kept there. The program itself needs
+none of this. With CI set, a missing tool is a failure (exit code 1); else it only means skipped tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+BIN: Final = ROOT / ".tools" / "bin"
+SEARCH_PATH: Final = os.pathsep.join([str(BIN), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+PACKAGES: Final = {
+    "nbdkit": "nbdkit",
+    "nbdinfo": "libnbd-bin",
+    "nbdcopy": "libnbd-bin",
+    "nbdfuse": "libnbd-bin",
+    "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
+    "fio": "fio",
+    "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "fusermount3": "fuse3",
+    "losetup": "mount",
+    "mount": "mount",
+    "unshare": "util-linux",
+    "git": "git",
+}
+"""The Debian package of each program."""
+VERSITYGW: Final = "github.com/versity/versitygw/cmd/versitygw"
+VERSITYGW_VERSION: Final = "v1.8.0"
+
+
+def is_there(program: str) -> bool:
+    """Return whether the program can be run."""
+    return shutil.which(program, path=SEARCH_PATH) is not None
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of the programs that are not there."""
+    return sorted({package for program, package in PACKAGES.items() if not is_there(program)})
+
+
+def apt_get() -> list[str] | None:
+    """Return the command line by which this user may install packages, or None."""
+    if not shutil.which("apt-get"):
+        return None
+    if os.geteuid() == 0:
+        return ["apt-get"]
+    if (
+        shutil.which("sudo")
+        and subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False).returncode == 0
+    ):
+        return ["sudo", "-n", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
+    return None
+
+
+def install_packages(packages: list[str]) -> None:
+    """Install the packages, where it may be done; what fails is seen by what is missing afterwards."""
+    command = apt_get()
+    if command is None:
+        return
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for step in (["-q", "update"], ["-q", "install", "-y", "--no-install-recommends", *packages]):
+        subprocess.run([*command, *step], env=environment, stdout=sys.stderr, check=False)
+
+
+def versitygw_is_there() -> bool:
+    """Return whether the S3 server is there in the pinned version."""
+    stamp = BIN / "versitygw.version"
+    return os.access(BIN / "versitygw", os.X_OK) and stamp.is_file() and stamp.read_text() == VERSITYGW_VERSION
+
+
+def install_versitygw() -> None:
+    """Build the S3 server, where Go is there."""
+    go = shutil.which("go", path=os.pathsep.join([SEARCH_PATH, "/usr/local/go/bin"]))
+    if go is None:
+        return
+    BIN.mkdir(parents=True, exist_ok=True)
+    command = [go, "install", "-trimpath", "-ldflags=-s -w", f"{VERSITYGW}@{VERSITYGW_VERSION}"]
+    print(f"building versitygw {VERSITYGW_VERSION} (a minute, once)", file=sys.stderr)
+    built = subprocess.run(command, env=os.environ | {"GOBIN": str(BIN)}, stdout=sys.stderr, check=False)
+    if built.returncode == 0:
+        (BIN / "versitygw.version").write_text(VERSITYGW_VERSION)
+
+
+def main(arguments: list[str]) -> int:
+    """Install and report; return the exit code."""
+    if arguments not in ([], ["--check"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    if not arguments:
+        if packages := missing_packages():
+            install_packages(packages)
+        if not versitygw_is_there():
+            install_versitygw()
+    packages = missing_packages()
+    remedies = [f"sudo apt-get install -y {' '.join(packages)}"] if packages else []
+    missing = list(packages)
+    if not versitygw_is_there():
+        missing.append("versitygw")
+        remedies.append("install Go (go.dev), then: python3 infra/tools.py")
+    if not missing:
+        print("tools: all there")
+        return 0
+    print(f"tools missing, tests that need them are skipped: {' '.join(missing)}")
+    print(f"to install: {'; '.join(remedies)}")
+    return 1 if os.environ.get("CI") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
