@@ -14,7 +14,6 @@ its place between sites.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
@@ -37,6 +36,9 @@ class MessageStream(Protocol):
 
     async def receive(self) -> str | bytes | None:
         """Return the next message, None at a clean end. Raises `ProtocolError` or `OSError`."""
+
+    def end(self) -> None:
+        """Close after what was sent has left."""
 
     def close(self) -> None:
         """Close at once; what was not sent is lost."""
@@ -79,17 +81,13 @@ class PlainStream:
         except UnicodeDecodeError as error:
             raise ProtocolError(f"a text message is not UTF-8: {error}") from None
 
+    def end(self) -> None:
+        """Close after what was sent has left."""
+        self._writer.close()
+
     def close(self) -> None:
         """Close at once."""
-        with contextlib.suppress(OSError, RuntimeError):
-            self._writer.transport.abort()
-
-    async def close_cleanly(self, seconds: float = 1.0) -> None:
-        """Close after what was sent has left, within `seconds`."""
-        self._writer.close()
-        with contextlib.suppress(OSError, TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(self._writer.wait_closed(), seconds)
-        self.close()
+        self._writer.transport.abort()
 
 
 def split_address(address: str) -> tuple[str, str, int]:
@@ -119,7 +117,7 @@ async def listen(address: str, serve: Callable[[PlainStream], Awaitable[None]]) 
         try:
             await serve(stream)
         finally:
-            stream.close()
+            stream.end()
 
     scheme, host, port = split_address(address)
     if scheme == "unix":

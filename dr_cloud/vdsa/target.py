@@ -38,6 +38,7 @@ from dr_cloud.journal.writer import Cut, JournalWriter
 from dr_cloud.link.messages import (
     CheckpointItem,
     Durable,
+    RefusedCode,
     Taps,
     Welcome,
 )
@@ -84,7 +85,7 @@ class TargetCore:
         self.received = 0
         self.duplicates = 0
         self.durables: deque[Durable] = deque(maxlen=_DURABLES_KEPT)
-        self._retired: set[str] = set()
+        self._retired: dict[str, RefusedCode] = {}
         self._held: dict[int, Item] = {}
         self._bytes: dict[int, int] = {}
         self._unacknowledged_bytes = 0
@@ -96,12 +97,12 @@ class TargetCore:
         """The catalogue of the durable checkpoints."""
         return self.writer.catalogue
 
-    def hello(self, stream: str) -> Welcome | None:
-        """Answer a source's hello; None if its stream was replaced by another, and must not come back."""
+    def hello(self, stream: str) -> Welcome | RefusedCode:
+        """Answer a source's hello; the reason if its stream has ended here and must not come back."""
         if stream in self._retired:
-            return None
+            return self._retired[stream]
         if stream != self.stream:
-            self.retire()
+            self.retire("replaced")
             self.stream = stream
             self.received = 0
             self.durables.clear()
@@ -114,10 +115,10 @@ class TargetCore:
             credit_bytes=CREDIT_BYTES,
         )
 
-    def retire(self) -> None:
-        """Take nothing more of the stream there is. What came in order stays."""
+    def retire(self, code: RefusedCode) -> None:
+        """Take nothing more of the stream there is, for this reason. What came in order stays."""
         if self.stream is not None:
-            self._retired.add(self.stream)
+            self._retired[self.stream] = code
         self.stream = None
         self._held.clear()
 
