@@ -30,8 +30,8 @@ from dr_cloud.store.errors import ObjectExistsError, ObjectMissingError, StoreUn
 from dr_cloud.store.store import Data, check_key, check_range
 
 _TEMPORARY_STATUS: Final = frozenset({408, 409, 425, 429})
-_DENIED_CODES: Final = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
-"""Some servers give these a status of their own, like 404."""
+_DENIED_CODES: Final = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "XAdminUserNotFound"})
+"""Some servers give these a status of their own: versitygw answers 404 XAdminUserNotFound to an unknown user."""
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([^<]*)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
