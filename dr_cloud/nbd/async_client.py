@@ -136,8 +136,9 @@ class AsyncNbdClient:
 
     async def _do(self, command: int, offset: int, length: int, flags: int = 0, payload: Buffer = b"") -> Request:
         """Send one request and wait for its reply."""
-        if self._broken is not None:
-            raise ConnectionError(self._broken)
+        if self._broken is not None or self._writer.is_closing():
+            # A failed write closes the transport before the receiver hears of it.
+            raise ConnectionError(self._broken or "the NBD connection broke")
         self._cookie = cookie = self._cookie + 1
         request = self._requests[cookie] = Request(command, cookie, offset, length)
         future = self._waiting[cookie] = asyncio.get_running_loop().create_future()
