@@ -21,7 +21,13 @@ Every message is a 40-byte little-endian head, then a body::
                         one will carry such a time. `sequence` is the last one given out.
     MARK    VDSA → tap  please answer MARKED.
     DURABLE VDSA → tap  every write with a sequence ≤ `sequence` is durable at the target: its intent may be cleared.
+                        It may name a write only when that is whole: after a greater sequence, a MARKED or a SYNC_END.
     RESYNC  VDSA → tap  something after the last DURABLE was lost on the way: send every set bit again.
+
+A MARK is answered in its place in the stream. While copies are missing (after a connection or a drop) it waits for the
+SYNC_BEGIN; only the newest one is answered then. So a MARKED that is not inside of a synchronisation means that nothing
+is missing. A tap that dropped its queue says nothing of it but the next SYNC_BEGIN: that may come without a SYNC_END
+before it, and begins anew.
 
 The tap connects and speaks first. Neither side waits for the other: a tap that cannot send keeps at most its queue
 limit, then drops the queue, goes on by intent bitmap alone, and synchronises once the socket drains or reconnects.
