@@ -120,7 +120,7 @@ def test_client_joins_an_export() -> None:
 def test_tls_is_started_before_anything_is_told() -> None:
     _, theirs = run("disk", tls=True, mode=TlsMode.REQUIRE)
     assert theirs.tls
-    with pytest.raises(DrCloudError, match="nbds|TLS"):
+    with pytest.raises(DrCloudError, match=r"nbds|TLS"):
         run("disk", mode=TlsMode.REQUIRE)
     with pytest.raises(DrCloudError, match="refuses TLS"):
         run("disk", tls=True, mode=TlsMode.OFF)
@@ -365,7 +365,7 @@ def test_uris() -> None:
     unix = parse_uri("nbds+unix:///disk?socket=/run/my%20sock&tls-certificates=/etc/pki")
     assert unix == ("disk", "/run/my sock", "", 0, True, "/etc/pki")
     for bad in ("http://x/", "nbd+unix:///x", "nbd+tcp://h/x", "disk"):
-        with pytest.raises(ValueError, match="NBD address|names no socket"):
+        with pytest.raises(ValueError, match=r"NBD address|names no socket"):
             parse_uri(bad)
 
 
