@@ -1,8 +1,8 @@
-"""Object stores over obstore: memory, S3 and everything that speaks S3. The local directory adds its own put.
+"""Object stores over obstore: memory, S3 and everything that speaks S3.
 
-Layout: a key is the object's path below the bucket's prefix or the root directory; nothing is added.
+Layout: a key is the object's path below the bucket's prefix; nothing is added.
 
-Consistency: put-if-absent is the store's own (`If-None-Match: *` on S3, a hard link on a directory). Some S3 servers
+Consistency: put-if-absent is the store's own (`If-None-Match: *` on S3). Some S3 servers
 answer 409 to a put that meets another one still on its way, and obstore calls that "exists": so "exists" from S3 is
 believed only once the object can be seen, and is a temporary failure until then.
 
@@ -12,7 +12,7 @@ way; an answer must have the length that the store tells for the object.
 Retries: none here, obstore's own are switched off. `StoreUnavailableError.temporary` tells what may be tried again:
 a connection that failed, a time-out, an answer 408, 409, 425, 429 or 5xx. Any other refusal stays until somebody acts.
 
-Crash recovery: nothing to do. S3 shows an object when its upload is complete; for the directory see `local.py`.
+Crash recovery: nothing to do. S3 shows an object when its upload is complete.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Final
 
 import obstore
 from obstore import exceptions
-from obstore.store import LocalStore, MemoryStore, S3Store
+from obstore.store import MemoryStore, S3Store
 
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.store.errors import ObjectExistsError, ObjectMissingError, StoreUnavailableError
-from dr_cloud.store.store import Data, check_key, check_range
+from dr_cloud.store.store import Data, check_key, check_prefix, check_range
 
 _TEMPORARY_STATUS: Final = frozenset({408, 409, 425, 429})
 _DENIED_CODES: Final = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "XAdminUserNotFound"})
@@ -44,7 +44,7 @@ _CREDENTIALS_REMEDY: Final = (
 class ObstoreStore:
     """A `Store` over one of obstore's. `name` is the URL by which errors call it."""
 
-    def __init__(self, inner: MemoryStore | S3Store | LocalStore, name: str) -> None:
+    def __init__(self, inner: MemoryStore | S3Store, name: str) -> None:
         self._inner = inner
         self.name = name
 
@@ -109,9 +109,7 @@ class ObstoreStore:
 
     def list(self, prefix: str, after: str = "") -> builtins.list[tuple[str, int]]:
         """See `Store.list`."""
-        folder = prefix.removesuffix("/")
-        if folder:
-            check_key(folder)
+        folder = check_prefix(prefix)
         try:
             pages = obstore.list(self._inner, folder or None, offset=after or None, chunk_size=1000)
             return sorted((meta["path"], meta["size"]) for page in pages for meta in page if meta["path"] > after)

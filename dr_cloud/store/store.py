@@ -78,6 +78,12 @@ def check_key(key: str) -> str:
     return key
 
 
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` without a slash at its end; `DrCloudError` if it is neither empty nor made of folders."""
+    folder = prefix.removesuffix("/")
+    return check_key(folder) if folder else ""
+
+
 def check_range(start: int, length: int) -> None:
     """Raise `ValueError` if the range is none: that is a bug of the caller."""
     if start < 0 or length < 1:

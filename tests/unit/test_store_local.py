@@ -147,6 +147,22 @@ def missing():
     return FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 
+def test_a_store_that_was_unmounted_is_not_an_empty_store(tmp_path):
+    store = LocalObjectStore(tmp_path / "root")
+    store.put_new("a/b", b"x")
+    (tmp_path / "root").rename(tmp_path / "elsewhere")
+    (tmp_path / "root").mkdir()
+    for call in (
+        lambda: store.get("a/b"),
+        lambda: store.get_range("a/b", 0, 1),
+        lambda: store.size("a/b"),
+        lambda: store.list(""),
+        lambda: store.put_new("a/c", b"x"),
+    ):
+        with pytest.raises(StoreUnavailableError):
+            call()
+
+
 def test_a_key_below_an_object_is_told(tmp_path):
     store = LocalObjectStore(tmp_path)
     store.put_new("a", b"x")
