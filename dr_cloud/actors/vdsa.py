@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from dr_cloud.actors.node import LoopThread, NodeSettings
 from dr_cloud.journal.reader import JournalReader
-from dr_cloud.link.stream import address_of, listen
+from dr_cloud.link.stream import address_of, listen, split_address
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan
 from dr_cloud.seal.keyring import Keyring
@@ -43,6 +44,9 @@ class Vdsa:
         self._vdsa, self._server = self._loop.call(self._start(settings, name, address))
 
     async def _start(self, settings: NodeSettings, name: str, address: str) -> tuple[TargetVdsa, asyncio.Server]:
+        scheme, path, _ = split_address(address)
+        if scheme == "unix":  # of a former self: its actor's name makes sure that there is one at a time
+            Path(path).unlink(missing_ok=True)
         vdsa = TargetVdsa(self._store, self._keyring, name, settings.work_dir / "digests", time.time_ns)
         return vdsa, await listen(address, vdsa.serve)
 

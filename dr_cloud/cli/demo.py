@@ -1,0 +1,19 @@
+"""`dr-cloud demo`: the main job on real input, on this machine, in under two minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dr_cloud.demo.run import run_demo
+
+
+def demo(
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file as JSON.")] = None,
+    stacks: Annotated[int, typer.Option(min=1, max=32, help="Stacks that are open at once.")] = 8,
+) -> None:
+    """Protect a database, corrupt it at an unknown moment, find the last clean time with parallel recovery tests."""
+    if not run_demo(stacks, json):
+        raise typer.Exit(1)
