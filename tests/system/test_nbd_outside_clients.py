@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from nbd_serving import make_certificates, serving
 
+from dr_cloud.nbd import protocol as p
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.nbd.handshake import TlsMode
 from dr_cloud.nbd.memory import PIECE_BYTES, MemoryExport
@@ -208,3 +212,43 @@ def test_tls_client_certificates(run: Run, tmp_socket_dir: Path, tmp_path: Path,
     impostor = server_context(make_certificates(tmp_path / "impostor"))
     with serving(table, tmp_socket_dir / "i", tls=impostor) as server, pytest.raises(OSError, match="CERTIFICATE"):
         NbdClient.connect(tls_uri(server.uris("acme")[1], certificates))
+
+
+@pytest.mark.parametrize(
+    "after", [b"", b"\x16\x03\x01garbage instead of a hello" * 40, b"in the clear, behind STARTTLS"]
+)
+def test_tls_that_does_not_come_is_closed(tmp_socket_dir: Path, certificates: Path, after: bytes) -> None:
+    """Silence or garbage: closed, and the next client is served."""
+    table = ExportTable()
+    table.add(MemoryExport("disk", 1 << 20))
+    with serving(table, tmp_socket_dir / "s", tls=server_context(certificates), handshake_seconds_max=0.5) as server:
+        with socket.socket(socket.AF_UNIX) as hostile:
+            hostile.settimeout(5)
+            hostile.connect(str(tmp_socket_dir / "s"))
+            start = p.CLIENT_FLAGS.pack(3) + p.OPTION.pack(p.OPTION_MAGIC, p.OPT_STARTTLS, 0)
+            hostile.sendall(start)
+            hostile.recv(p.GREETING.size + p.OPTION_REPLY.size, socket.MSG_WAITALL)
+            hostile.sendall(after)
+            begun = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while hostile.recv(4096):
+                    pass
+            assert time.monotonic() - begun < 3
+        with NbdClient.connect(tls_uri(server.uris("disk")[0], certificates)) as client:
+            client.pwrite(0, b"served")
+
+
+def test_bytes_in_the_clear_behind_starttls_are_never_taken_for_encrypted_ones(
+    tmp_socket_dir: Path, certificates: Path
+) -> None:
+    with (
+        serving(ExportTable(), tmp_socket_dir / "s", tls=server_context(certificates)),
+        socket.socket(socket.AF_UNIX) as hostile,
+    ):
+        hostile.settimeout(5)
+        hostile.connect(str(tmp_socket_dir / "s"))
+        injected = p.OPTION.pack(p.OPTION_MAGIC, p.OPT_LIST, 0)
+        hostile.sendall(p.CLIENT_FLAGS.pack(3) + p.OPTION.pack(p.OPTION_MAGIC, p.OPT_STARTTLS, 0) + injected)
+        with pytest.raises(OSError):
+            hostile.recv(p.GREETING.size + p.OPTION_REPLY.size, socket.MSG_WAITALL)
+            client_context(certificates, check_hostname=False).wrap_socket(hostile).recv(1)
