@@ -234,6 +234,12 @@ def test_every_command_that_a_page_shows_exists():
     assert wrong == []
 
 
+def test_the_page_of_formats_is_what_the_code_says():
+    command = [sys.executable, str(ROOT / "infra" / "docs.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_unit_tests_cannot_start_ray():
     with pytest.raises(RuntimeError, match="test the pure core"):
         ray.init()
