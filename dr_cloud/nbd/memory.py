@@ -41,6 +41,10 @@ class MemoryExport:
     def pwrite(self, offset: int, data: memoryview, fua: bool = False) -> None:
         """Write."""
         index, start = divmod(offset, PIECE_BYTES)
+        whole = self._pieces.get(index)
+        if whole is not None and start + len(data) <= PIECE_BYTES:
+            whole[start : start + len(data)] = data
+            return
         done = 0
         while done < len(data):
             size = min(len(data) - done, PIECE_BYTES - start)

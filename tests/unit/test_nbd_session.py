@@ -152,6 +152,22 @@ async def test_data_of_a_write_under_way_stays_as_it_is(served: Served) -> None:
     await client.close()
 
 
+@pytest.mark.parametrize("flags", [0, p.CMD_FLAG_FUA])
+async def test_the_next_request_does_not_overwrite_a_write_under_way(served: Served, flags: int) -> None:
+    slow = SlowExport("slow")
+    served.add(slow)
+    reader, writer = await served.raw("slow")
+    for n in (1, 2):
+        writer.write(request(p.CMD_WRITE, n, n * 4096, 4096, bytes([n]) * 4096, flags))
+        await slow.until(n)
+    for n in (1, 2):
+        slow.gates[n - 1].set_result(None)
+        assert await simple(reader) == (0, n)
+    assert b"".join(MemoryExport.pread(slow, 4096, 8192)) == b"\1" * 4096 + b"\2" * 4096
+    assert served.server.connections == {"slow": 1}
+    writer.close()
+
+
 async def test_requests_under_way_are_bounded(served: Served) -> None:
     slow = SlowExport("slow")
     served.add(slow)
