@@ -325,9 +325,9 @@ class JournalWriter:
         cut = Cut(checkpoint, key, data, [frame.digests for frame in self._frames], self._first_locs)
         self._last = checkpoint
         self._rows_total += len(rows)
-        if has_object:
-            self._object_number += 1
-            self._frames, self._first_locs, self._frame_bytes, self._blocks = [], [], 0, 0
+        self._object_number += has_object
+        # New lists even when the old ones are empty: the cut holds them, and frames come before its commit.
+        self._frames, self._first_locs, self._frame_bytes, self._blocks = [], [], 0, 0
         number, rows_before = self._keyframe_at
         new_rows = self._rows_total - rows_before
         if not self._keyframe_under_way and (
