@@ -227,7 +227,7 @@ def test_tls_that_does_not_come_is_closed(tmp_socket_dir: Path, certificates: Pa
             hostile.connect(str(tmp_socket_dir / "s"))
             start = p.CLIENT_FLAGS.pack(3) + p.OPTION.pack(p.OPTION_MAGIC, p.OPT_STARTTLS, 0)
             hostile.sendall(start)
-            hostile.recv(p.GREETING.size + p.OPTION_REPLY.size, socket.MSG_WAITALL)
+            take_acknowledgement(hostile)
             hostile.sendall(after)
             begun = time.monotonic()
             with contextlib.suppress(ConnectionError):
@@ -250,5 +250,5 @@ def test_bytes_in_the_clear_behind_starttls_are_never_taken_for_encrypted_ones(
         injected = p.OPTION.pack(p.OPTION_MAGIC, p.OPT_LIST, 0)
         hostile.sendall(p.CLIENT_FLAGS.pack(3) + p.OPTION.pack(p.OPTION_MAGIC, p.OPT_STARTTLS, 0) + injected)
         with pytest.raises(OSError):
-            hostile.recv(p.GREETING.size + p.OPTION_REPLY.size, socket.MSG_WAITALL)
+            take_acknowledgement(hostile)
             client_context(certificates, check_hostname=False).wrap_socket(hostile).recv(1)
