@@ -12,8 +12,9 @@ from dr_cloud.demo.run import run_demo
 
 def demo(
     json: Annotated[Path | None, typer.Option(help="Write the report to this file as JSON.")] = None,
-    stacks: Annotated[int, typer.Option(min=1, max=32, help="Stacks that are open at once.")] = 8,
+    svg: Annotated[Path | None, typer.Option(help="Save what is shown as a picture.")] = None,
+    stacks: Annotated[int, typer.Option(min=3, max=32, help="Stacks that are open at once.")] = 8,
 ) -> None:
     """Protect a database, corrupt it at an unknown moment, find the last clean time with parallel recovery tests."""
-    if not run_demo(stacks, json):
+    if not run_demo(stacks, json, svg):
         raise typer.Exit(1)

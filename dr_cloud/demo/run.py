@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dr_cloud.actors.stack import OpenedStack
-from dr_cloud.demo.probe import Finding, probe
+from dr_cloud.demo.probe import Finding, probe, warm
 from dr_cloud.demo.site import SCOPE, Demonstration
 from dr_cloud.demo.workload import fill
 from dr_cloud.model.units import SECOND_NS, format_size, format_time
@@ -62,7 +62,8 @@ class DemoRun:
         self.seconds: dict[str, float] = {}
         self.base = world.directory / "base.img"
         context = multiprocessing.get_context("spawn")
-        self._probes = ProcessPoolExecutor(min(parallel, os.cpu_count() or 2), mp_context=context)
+        self._workers = min(parallel, os.cpu_count() or 2)
+        self._probes = ProcessPoolExecutor(self._workers, mp_context=context)
 
     @contextmanager
     def phase(self, name: str, what: str) -> Iterator[None]:
@@ -73,6 +74,10 @@ class DemoRun:
         self.seconds[name] = round(time.monotonic() - started, 3)
         self.console.print(f"[green]✓[/] {what} [dim]{self.seconds[name]:.1f} s[/]")
 
+    def warm_up(self) -> None:
+        """Have the probes' processes imported and idle, as the stacks are."""
+        list(self._probes.map(warm, range(self._workers)))
+
     def test(self, times_ns: list[int], *, compare_blocks: bool) -> list[Tested]:
         """Open a stack at each time, all in parallel, probe each, and end them."""
         world = self.world
@@ -81,7 +86,8 @@ class DemoRun:
         asked_ns = time.monotonic_ns()
         plans = ray.get(world.vdsa.plans.remote(SCOPE, times_ns))
         opening = [actor.open.remote(plan, asked_ns=asked_ns) for actor, plan in zip(actors, plans, strict=True)]
-        opened: list[OpenedStack] = ray.get(opening)
+        with ThreadPoolExecutor(len(opening)) as threads:
+            opened = list(threads.map(_first_read, opening))
         base = self.base if compare_blocks else None
         site = world.directory / "site"
         probing = [
@@ -145,14 +151,31 @@ class DemoRun:
         self._probes.shutdown()
 
 
-def run_demo(parallel: int, report: Path | None) -> bool:
-    """Run the demonstration; return whether everything that it shows is right."""
-    console = Console(highlight=False)
+def _first_read(opening: Any) -> OpenedStack:
+    """Wait for a stack and read its first 4 KiB: the stack counts the time from the request to the answer."""
+    opened: OpenedStack = ray.get(opening)
+    with NbdClient.connect(opened.uris[_DISK][0]) as client:
+        client.pread(0, 4096)
+    return opened
+
+
+def run_demo(parallel: int, report: Path | None, picture: Path | None) -> bool:
+    """Run the demonstration; return whether everything that it shows is right.
+
+    Args:
+        parallel: Stacks at once.
+        report: Where to write the report as JSON.
+        picture: Where to save what was shown as SVG.
+    """
+    console = Console(highlight=False, record=picture is not None)
     directory = Path(tempfile.mkdtemp(prefix="drc-"))
     world = Demonstration(directory, parallel)
     run = DemoRun(world, console, parallel)
     try:
-        return _run(run, console, report)
+        right = _run(run, console, report)
+        if picture is not None:
+            console.save_svg(str(picture), title="dr-cloud demo")
+        return right
     finally:
         run.close()
         world.stop()
@@ -169,6 +192,7 @@ def _run(run: DemoRun, console: Console, report: Path | None) -> bool:
         shutil.copyfile(world.image, run.base)
     with run.phase("provider", f"provider on Ray: target VDSA, {run.parallel} idle stacks"):
         world.start_provider()
+        run.warm_up()
     with run.phase("protect", "site: tap and source VDSA; first synchronisation"):
         world.start_site()
         world.wait_until(lambda: world.newest_ns() > 0, "the first checkpoint")
@@ -192,21 +216,21 @@ def _run(run: DemoRun, console: Console, report: Path | None) -> bool:
         written, stored = run.write_to_a_stack(stopped_ns)
         after = (_hash_file(world.image), run.hash_image(stopped_ns))
     console.print(_table(tested))
+    for reason in sorted({test.finding.reason for test in tested if not test.finding.passed}):
+        console.print(f"  [red]fail[/]: {reason}", highlight=False, markup=True)
     # Only now is it looked at when the corruption really came.
     secret = json.loads((world.directory / "site" / "secret").read_text())
     found = secret["begun_ns"] <= dirty_ns <= secret["acked_ns"] and clean_ns < secret["begun_ns"]
     unchanged = before == after and before[0] == before[1]
     wrong = sum(test.finding.blocks_wrong for test in tested)
     verdicts_right = all(test.finding.passed == (test.at_ns < dirty_ns) for test in tested)
-    _line(console, found, f"last clean time {format_time(clean_ns)}, found in {search.rounds} rounds; ")
-    console.print(
-        f"  the next write, at {format_time(dirty_ns)}, is the corruption's first [dim](checked afterwards)[/]"
-    )
+    _line(console, found, f"last clean time {format_time(clean_ns)}, found in {search.rounds} rounds")
+    _line(console, found, f"the next write, at {format_time(dirty_ns)[11:]}, is the corruption's first")
     _line(console, verdicts_right, "every verdict is right: before it all tests pass, from it on all fail")
     checked = sum(test.finding.blocks_checked for test in tested)
     _line(console, wrong == 0, f"{checked:,} blocks compared with the workload's own record, {wrong} wrong")
-    _line(console, unchanged, f"{format_size(written)} written to a stack ({format_size(stored)} stored) and gone; "
-          "production and replica are equal and as before")  # fmt: skip
+    _line(console, unchanged, f"{format_size(written)} written to a stack, {format_size(stored)} stored, gone with it")
+    _line(console, unchanged, "production and replica are equal, and as they were before")
     right = found and verdicts_right and wrong == 0 and unchanged
     if report is not None:
         report.write_text(json.dumps(_report(run, tested, clean_ns, right), indent=2) + "\n")
@@ -226,23 +250,20 @@ def _hash_file(path: Path) -> str:
 
 def _table(tested: list[Tested]) -> Table:
     table = Table(title="Recovery tests", title_justify="left")
-    for name, justify in (
-        ("time", "left"), ("verdict", "left"), ("rows", "right"), ("expected", "right"),
-        ("first byte", "right"), ("stored by the stack", "right"), ("why", "left"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("time (UTC)")
+    table.add_column("verdict")
+    for name in ("rows", "expected", "first byte", "stored"):
+        table.add_column(name, justify="right", no_wrap=True)
     for test in tested:
         finding = test.finding
-        expected = f"{finding.rows_low:,}" if finding.rows_low == finding.rows_high else (
-            f"{finding.rows_low:,}–{finding.rows_high:,}")  # fmt: skip
+        low, high = finding.rows_low, finding.rows_high
         table.add_row(
-            format_time(test.at_ns)[11:-4],
+            format_time(test.at_ns)[11:23],
             "[green]pass[/]" if finding.passed else "[red]fail[/]",
             f"{finding.rows:,}" if finding.rows else "–",
-            expected,
+            f"{low:,}" if low == high else f"{low:,}–{high:,}",
             f"{test.first_byte_seconds * 1000:.0f} ms",
             format_size(test.statistics.stored_bytes),
-            finding.reason[:48],
         )
     return table
 
