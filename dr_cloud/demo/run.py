@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import secrets
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import ray
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +42,8 @@ RUN_SECONDS: Final = 16.0
 CORRUPT_FROM_SECONDS: Final = 3.0
 CORRUPT_TO_SECONDS: Final = 13.0
 _DISK: Final = "shop"
+_SVG_FORMAT: Final = re.sub(r"@font-face \{\{.*?\}\}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+"""The picture asks for no font from a network."""
 
 
 class Tested(NamedTuple):
@@ -174,7 +178,7 @@ def run_demo(parallel: int, report: Path | None, picture: Path | None) -> bool:
     try:
         right = _run(run, console, report)
         if picture is not None:
-            console.save_svg(str(picture), title="dr-cloud demo")
+            console.save_svg(str(picture), title="dr-cloud demo", code_format=_SVG_FORMAT)
         return right
     finally:
         run.close()
