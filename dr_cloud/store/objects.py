@@ -112,7 +112,7 @@ class ObstoreStore:
         folder = check_prefix(prefix)
         try:
             pages = obstore.list(self._inner, folder or None, offset=after or None, chunk_size=1000)
-            return sorted((meta["path"], meta["size"]) for page in pages for meta in page if meta["path"] > after)
+            return sorted((meta["path"], meta["size"]) for page in pages for meta in page)
         except Exception as error:
             raise self._translate(error, prefix) from error
 
