@@ -12,6 +12,7 @@ import uvloop
 
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.units import parse_size
+from dr_cloud.tap.log import LogThread
 from dr_cloud.tap.process import DiskSource, TapOptions, serve
 
 
@@ -53,12 +54,15 @@ def tap(
     host, port = (None, 0) if listen is None else _address(listen)
     options = TapOptions([_disk(text) for text in disk], vdsa, state, socket, host, port, _size(queue))
     # Standard output belongs to the one line that says where the disks are.
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log = LogThread(sys.stderr)
+    structlog.configure(logger_factory=log)
     try:
         uvloop.run(serve(options, lambda line: print(line, flush=True)))
     except DrCloudError as error:
         print(f"dr-cloud tap: {error}. {error.remedy}".rstrip(), file=sys.stderr)
         raise typer.Exit(1) from error
+    finally:
+        log.close()
 
 
 if __name__ == "__main__":
