@@ -14,7 +14,7 @@ use brings it back, and from which it is dropped when the cache is over its limi
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any, Final, Protocol
@@ -58,9 +58,10 @@ class CachedObject:
     Attributes:
         data: Block i, decoded, at 4096 i; true only where `have[i]`.
         have: One byte per block.
+        has: Are `count` blocks from `first` on all in place?
     """
 
-    __slots__ = ("ahead", "coming", "data", "file", "have", "index", "next_group", "number")
+    __slots__ = ("ahead", "coming", "data", "file", "has", "have", "index", "next_group", "number")
 
     def __init__(self, number: int, index: ObjectIndex, file: BlockFile | None) -> None:
         self.number = number
@@ -69,13 +70,10 @@ class CachedObject:
         # Without a file (the file system is full) nothing is ever in place.
         self.data = file.data if file else memoryview(b"")
         self.have = file.have if file else memoryview(bytes(index.blocks))
+        self.has: Callable[[int, int], bool] = file.has if file else _nothing
         self.coming: dict[int, Future[dict[int, Group]]] = {}
         self.next_group = -1
         self.ahead = 1
-
-    def has(self, first: int, count: int) -> bool:
-        """Are `count` blocks from `first` on all in place?"""
-        return self.file is not None and self.file.has(first, count)
 
     def groups(self, first: int, count: int) -> tuple[int, int]:
         """Return the first and the last group of `count` blocks from `first` on."""
@@ -302,6 +300,10 @@ class ObjectCache:
             return False
         self._unswept_bytes += len(data)
         return True
+
+
+def _nothing(first: int, count: int) -> bool:
+    return False
 
 
 def _runs(groups: Sequence[int]) -> list[tuple[int, int]]:

@@ -45,6 +45,7 @@ from dr_cloud.model.journal import Disk
 from dr_cloud.nbd.export import Buffer, Extent
 from dr_cloud.stack.cache import CachedObject, Group, Locs, ObjectCache
 from dr_cloud.stack.image import HOLES, Image, region_count
+from dr_cloud.stack.runs import adjacent_runs, by_region, table_runs
 from dr_cloud.stack.writelog import WriteLog
 
 log = structlog.get_logger(__name__)
@@ -153,7 +154,7 @@ class StackExport:
         first = offset >> BLOCK_SHIFT
         end = (offset + length + _OFFSET_MASK) >> BLOCK_SHIFT
         parts: Parts = []
-        for region, start, stop in _by_region(first, end):
+        for region, start, stop in by_region(first, end):
             table = self._regions[region]
             if table is None or not self._collect(table, start, stop, brought, parts):
                 return None
@@ -169,7 +170,7 @@ class StackExport:
 
     def _collect(self, table: memoryview, start: int, stop: int, brought: _Brought | None, parts: Parts) -> bool:
         """Append the bytes of blocks `start` … `stop - 1` of a region; False where some are not there yet."""
-        for loc, count in _runs_of(table, start, stop):
+        for loc, count in table_runs(table, start, stop):
             if LOCAL_BIT <= loc < _LOCAL_ZERO:
                 slot = loc & _SLOT_MASK
                 parts.append(self._writes.view[slot << BLOCK_SHIFT : (slot + count) << BLOCK_SHIFT])
@@ -218,7 +219,7 @@ class StackExport:
         """Take one step towards having every byte of a range: regions, then objects, then groups."""
         if self._closed:
             raise OSError(errno.ESHUTDOWN, "the stack is closed")
-        pieces = list(_by_region(offset >> BLOCK_SHIFT, (offset + length + _OFFSET_MASK) >> BLOCK_SHIFT))
+        pieces = list(by_region(offset >> BLOCK_SHIFT, (offset + length + _OFFSET_MASK) >> BLOCK_SHIFT))
         missing = [region for region, _, _ in pieces if self._regions[region] is None]
         if missing:
             await asyncio.gather(*(self._load(region) for region in missing))
@@ -227,7 +228,7 @@ class StackExport:
         for region, start, stop in pieces:
             table = self._regions[region]
             if table is not None:
-                runs += [run for run in _runs_of(table, start, stop) if 0 < run[0] < LOCAL_BIT]
+                runs += [run for run in table_runs(table, start, stop) if 0 < run[0] < LOCAL_BIT]
         for number in {loc >> 32 for loc, _ in runs}:
             mapped = self._cache.find(number) or brought.objects.get(number)
             if mapped is None:
@@ -309,7 +310,7 @@ class StackExport:
             while not self._write_now(offset, length, data, brought):
                 end = offset + length
                 # Of whole blocks only the map is needed, of a partial one the bytes too.
-                for region, _, _ in _by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
+                for region, _, _ in by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
                     if self._regions[region] is None:
                         if self._closed:
                             raise OSError(errno.ESHUTDOWN, "the stack is closed")
@@ -326,9 +327,17 @@ class StackExport:
             return True
         end = offset + length
         first, last = offset >> BLOCK_SHIFT, (end - 1) >> BLOCK_SHIFT
+        own = self._own[first >> REGION_SHIFT]
+        if first == last and data is not None and own is not None:
+            loc = own[first & REGION_MASK]
+            if LOCAL_BIT <= loc < _LOCAL_ZERO:
+                begin = ((loc & _SLOT_MASK) << BLOCK_SHIFT) + (offset & _OFFSET_MASK)
+                self._writes.view[begin : begin + length] = data
+                self.blocks_written += 1
+                return True
         whole_first = (offset + _OFFSET_MASK) >> BLOCK_SHIFT
         whole_end = max(end >> BLOCK_SHIFT, whole_first)
-        pieces = list(_by_region(whole_first, whole_end)) if whole_end > whole_first else []
+        pieces = list(by_region(whole_first, whole_end)) if whole_end > whole_first else []
         edges = {block for block in (first, last) if not whole_first <= block < whole_end}
         for region, start, stop in pieces:
             if self._regions[region] is None and not (data is None and stop - start == REGION_BLOCKS):
@@ -385,7 +394,7 @@ class StackExport:
             locs[fresh] = np.arange(LOCAL_BIT | slot, LOCAL_BIT | slot + count, dtype=np.uint64)
         locs &= ~_NP_ZERO
         at = 0
-        for loc, length in _runs(locs):
+        for loc, length in adjacent_runs(locs):
             begin = (loc & _SLOT_MASK) << BLOCK_SHIFT
             size = length << BLOCK_SHIFT
             self._writes.view[begin : begin + size] = data[at : at + size]
@@ -426,7 +435,7 @@ class StackExport:
         end = offset + length
         runs: list[tuple[int, bool]] = []
         """(where it ends, in bytes; is it a hole)"""
-        for region, start, stop in _by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
+        for region, start, stop in by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
             table = self._regions[region]
             if table is None and not self._closed and self._image.is_hole(self._disk.index, region):
                 table = self._regions[region] = _HOLES
@@ -458,32 +467,3 @@ class StackExport:
             extents.append(Extent(run_end - offset, run_hole))
             offset = run_end
         return extents
-
-
-def _by_region(first: int, end: int) -> Sequence[tuple[int, int, int]]:
-    """Return (region, start, stop within it) for blocks `first` … `end - 1`."""
-    if first >> REGION_SHIFT == (end - 1) >> REGION_SHIFT:
-        return ((first >> REGION_SHIFT, first & REGION_MASK, ((end - 1) & REGION_MASK) + 1),)
-    pieces = []
-    while first < end:
-        stop = min(end, ((first >> REGION_SHIFT) + 1) << REGION_SHIFT)
-        pieces.append((first >> REGION_SHIFT, first & REGION_MASK, ((stop - 1) & REGION_MASK) + 1))
-        first = stop
-    return pieces
-
-
-def _runs_of(table: memoryview, start: int, stop: int) -> Sequence[tuple[int, int]]:
-    """Return (loc, count) of the runs of adjacent locs, or of holes, in a part of a region."""
-    if stop - start == 1:
-        return ((table[start], 1),)
-    return _runs(np.asarray(table[start:stop]))
-
-
-def _runs(locs: Locs) -> Sequence[tuple[int, int]]:
-    joined = np.diff(locs) == 1
-    if joined.all():
-        return ((int(locs[0]), len(locs)),)
-    joined |= (locs[1:] == 0) & (locs[:-1] == 0)
-    starts = [0, *(np.flatnonzero(~joined) + 1).tolist()]
-    ends = [*starts[1:], len(locs)]
-    return [(int(locs[start]), end - start) for start, end in zip(starts, ends, strict=True)]
