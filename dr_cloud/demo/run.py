@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import ray
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.table import Table
 
+from dr_cloud.actors.provider import RunningStack
 from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.demo.probe import Finding, probe, warm
 from dr_cloud.demo.site import SCOPE, Demonstration
@@ -84,23 +84,16 @@ class DemoRun:
 
     def test(self, times_ns: list[int], *, compare_blocks: bool) -> list[Tested]:
         """Open a stack at each time, all in parallel, probe each, and end them."""
-        world = self.world
-        assert world.pool is not None
-        actors = [world.pool.take(SCOPE.enterprise) for _ in times_ns]
-        asked_ns = time.monotonic_ns()
-        plans = ray.get(world.vdsa.plans.remote(SCOPE, times_ns))
-        opening = [actor.open.remote(plan, asked_ns=asked_ns) for actor, plan in zip(actors, plans, strict=True)]
-        with ThreadPoolExecutor(len(opening)) as threads:
-            opened = list(threads.map(_first_read, opening))
+        stacks = self.world.provider.open_stacks(SCOPE, times_ns)
+        with ThreadPoolExecutor(len(stacks)) as threads:
+            opened = list(threads.map(_first_read, stacks))
         base = self.base if compare_blocks else None
-        site = world.directory / "site"
+        site = self.world.directory / "site"
         probing = [
             self._probes.submit(probe, stack.uris[_DISK][0], stack.at_ns, site, ROWS_BEFORE, base) for stack in opened
         ]
         findings = [job.result() for job in probing]
-        statistics = ray.get([actor.close.remote() for actor in actors])
-        for actor in actors:
-            world.pool.give_back(SCOPE.enterprise, actor)
+        statistics = [stack.close() for stack in stacks]
         return [
             Tested(stack.at_ns, finding, stat.first_byte_seconds or 0.0, stat)
             for stack, finding, stat in zip(opened, findings, statistics, strict=True)
@@ -110,7 +103,7 @@ class DemoRun:
         """Return the time of the last clean write, the time of the write after it, and the search."""
         dirty_ns = min(test.at_ns for test in tested if not test.finding.passed)
         clean_ns = max(test.at_ns for test in tested if test.finding.passed and test.at_ns < dirty_ns)
-        writes = ray.get(self.world.vdsa.write_times.remote(SCOPE, clean_ns, dirty_ns)).tolist()
+        writes = self.world.provider.write_times(SCOPE, clean_ns, dirty_ns).tolist()
         times = [clean_ns, *writes]
         search = CleanSearch(len(times))
         while not search.done:
@@ -125,39 +118,30 @@ class DemoRun:
 
     def hash_image(self, at_ns: int) -> str:
         """Return the hash of the replica's image at a time, read through a stack of its own."""
-        world = self.world
-        assert world.pool is not None
-        actor = world.pool.take(SCOPE.enterprise)
-        opened = ray.get(actor.open.remote(ray.get(world.vdsa.plan.remote(SCOPE, at_ns))))
-        with NbdClient.connect(opened.uris[_DISK][0]) as client:
+        (stack,) = self.world.provider.open_stacks(SCOPE, [at_ns])
+        with NbdClient.connect(stack.wait_open().uris[_DISK][0]) as client:
             digest = hashlib.sha256(client.pread(0, client.size_bytes)).hexdigest()
-        ray.get(actor.close.remote())
-        world.pool.give_back(SCOPE.enterprise, actor)
+        stack.close()
         return digest
 
     def write_to_a_stack(self, at_ns: int) -> tuple[int, int]:
         """Write noise over a stack's disk and stop it; return bytes written and bytes that its log took."""
-        world = self.world
-        assert world.pool is not None
-        actor = world.pool.take(SCOPE.enterprise)
-        opened = ray.get(actor.open.remote(ray.get(world.vdsa.plan.remote(SCOPE, at_ns))))
+        (stack,) = self.world.provider.open_stacks(SCOPE, [at_ns])
         written = 0
-        with NbdClient.connect(opened.uris[_DISK][0]) as client:
+        with NbdClient.connect(stack.wait_open().uris[_DISK][0]) as client:
             for offset in range(0, client.size_bytes, 4 << 20):
                 client.pwrite(offset, secrets.token_bytes(1 << 20))
                 written += 1 << 20
-        statistics: StackStatistics = ray.get(actor.close.remote())
-        world.pool.give_back(SCOPE.enterprise, actor)
-        return written, statistics.stored_bytes
+        return written, stack.close().stored_bytes
 
     def close(self) -> None:
         """Let the probes' processes go."""
         self._probes.shutdown()
 
 
-def _first_read(opening: Any) -> OpenedStack:
+def _first_read(stack: RunningStack) -> OpenedStack:
     """Wait for a stack and read its first 4 KiB: the stack counts the time from the request to the answer."""
-    opened: OpenedStack = ray.get(opening)
+    opened = stack.wait_open()
     with NbdClient.connect(opened.uris[_DISK][0]) as client:
         client.pread(0, 4096)
     return opened

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import subprocess
@@ -11,13 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
-
-import ray
+from typing import Final
 
 from dr_cloud.actors.node import NodeSettings
-from dr_cloud.actors.stack import StackPool
-from dr_cloud.actors.vdsa import Vdsa
+from dr_cloud.actors.provider import LocalProvider
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import Scope
 from dr_cloud.seal.keyring import Keyring
@@ -87,25 +83,18 @@ class Demonstration:
         Keyring.open(self.settings.keyring).create(SCOPE.enterprise)
         self.uri = f"nbd+unix:///shop?socket={directory}/run/tap.sock"
         self._stacks = stacks
-        self.vdsa: Any = None
-        self.pool: StackPool | None = None
+        self._provider: LocalProvider | None = None
 
     def start_provider(self) -> None:
         """Start Ray, the target VDSA and the pool of idle stacks."""
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=True,
-            logging_level=logging.ERROR,
-            object_store_memory=256 << 20,
-            _temp_dir=None,
-        )
-        self.vdsa = Vdsa.remote(self.settings, SCOPE.target, f"unix:{self.directory}/run/vdsa.sock")  # type: ignore[attr-defined]
-        self.pool = StackPool(self.settings, self._stacks)
-        ray.get(self.vdsa.address.remote())
-        self.pool.wait_until_ready()
+        address = f"unix:{self.directory}/run/vdsa.sock"
+        self._provider = LocalProvider(self.settings, SCOPE.target, address, self._stacks)
+
+    @property
+    def provider(self) -> LocalProvider:
+        """The provider, once it is started."""
+        assert self._provider is not None, "start_provider comes first"
+        return self._provider
 
     def start_site(self) -> None:
         """Start the source VDSA and the tap in front of the production disk."""
@@ -149,7 +138,7 @@ class Demonstration:
     def newest_ns(self) -> int:
         """Return the latest time that has an image, 0 if there is none yet."""
         try:
-            return int(ray.get(self.vdsa.status.remote(SCOPE)).newest_ns or 0)
+            return self.provider.status(SCOPE).newest_ns or 0
         except DrCloudError:
             return 0
 
@@ -157,10 +146,8 @@ class Demonstration:
         """Stop everything, the site first."""
         for process in reversed(self._processes):
             process.stop()
-        if self.pool is not None:
-            self.pool.close()
-        if ray.is_initialized():
-            ray.shutdown()
+        if self._provider is not None:
+            self._provider.close()
         with contextlib.suppress(OSError):
             _remove_cache(self.settings.cache_dir, self.directory)
 
