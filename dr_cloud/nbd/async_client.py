@@ -13,7 +13,6 @@ import errno
 import ssl
 from typing import Self, cast
 
-from dr_cloud.model.errors import ProtocolError
 from dr_cloud.nbd import protocol as p
 from dr_cloud.nbd.client import context_for
 from dr_cloud.nbd.export import Buffer, Extent
@@ -168,7 +167,8 @@ class AsyncNbdClient:
                     future = self._waiting.pop(stop.value.cookie)
                     if not future.done():
                         future.set_result(None)
-        except (OSError, EOFError, ProtocolError) as error:
+        except Exception as error:
+            # Whatever it is: nobody may wait for ever.
             self._break(f"the NBD connection broke: {error}")
             self._writer.transport.abort()
 

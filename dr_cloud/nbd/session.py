@@ -50,6 +50,14 @@ _SIMPLE: Final = p.SIMPLE_REPLY.pack
 _READ_CHUNK: Final = p.READ_CHUNK.pack
 _REQUEST: Final = p.REQUEST.unpack_from
 _REQUEST_BYTES: Final = p.REQUEST.size
+_REQUEST_MAGIC: Final = p.REQUEST_MAGIC
+_SIMPLE_MAGIC: Final = p.SIMPLE_REPLY_MAGIC
+_CHUNK_MAGIC: Final = p.CHUNK_MAGIC
+_PAYLOAD_BYTES_MAX: Final = p.PAYLOAD_BYTES_MAX
+_REQ_ONE_BIT: Final = 1 << 32
+"""Set in the length (32 bits on the wire) of a block status that wants one run."""
+_AT_ONCE: Final = (list, tuple)
+"""What an export returns that did not return an awaitable."""
 
 
 class Session(asyncio.BufferedProtocol):
@@ -191,7 +199,7 @@ class Session(asyncio.BufferedProtocol):
 
         while end - position >= _REQUEST_BYTES and not self._held:
             magic, flags, command, cookie, offset, length = _REQUEST(view, position)
-            if magic != p.REQUEST_MAGIC:
+            if magic != _REQUEST_MAGIC:
                 self._abort(f"wrong request magic {magic:#x}")
                 return
             start = position + _REQUEST_BYTES
@@ -199,7 +207,7 @@ class Session(asyncio.BufferedProtocol):
                 position = start
                 if (
                     flags
-                    or not 0 < length <= p.PAYLOAD_BYTES_MAX
+                    or not 0 < length <= _PAYLOAD_BYTES_MAX
                     or offset + length > size_bytes
                     or ((offset | length) & mask)
                 ):
@@ -212,14 +220,14 @@ class Session(asyncio.BufferedProtocol):
                 except Exception as error:
                     self._fail(command, cookie, offset, error)
                     continue
-                if isinstance(parts, list | tuple):
+                if isinstance(parts, _AT_ONCE):
                     if (len(parts[0]) if len(parts) == 1 else sum(map(len, parts))) != length:
                         self._fail(command, cookie, offset, RuntimeError(f"pread did not return {length} bytes"))
                         continue
                     if structured:
-                        out.append(_READ_CHUNK(p.CHUNK_MAGIC, 1, 1, cookie, length + 8, offset))
+                        out.append(_READ_CHUNK(_CHUNK_MAGIC, 1, 1, cookie, length + 8, offset))
                     else:
-                        out.append(_SIMPLE(p.SIMPLE_REPLY_MAGIC, 0, cookie))
+                        out.append(_SIMPLE(_SIMPLE_MAGIC, 0, cookie))
                     out += parts
                     batch_bytes += length
                     if batch_bytes >= BATCH_BYTES:
@@ -231,7 +239,7 @@ class Session(asyncio.BufferedProtocol):
                 stop = start + length
                 if stop > end:
                     if length > DIRECT_BYTES:
-                        if length > p.PAYLOAD_BYTES_MAX:
+                        if length > _PAYLOAD_BYTES_MAX:
                             self._abort(f"write of {length} bytes")
                             return
                         self._begin_body(flags, cookie, offset, view[start:end], length)
@@ -247,7 +255,7 @@ class Session(asyncio.BufferedProtocol):
                     self._fail(command, cookie, offset, error)
                     continue
                 if result is None:
-                    out.append(_SIMPLE(p.SIMPLE_REPLY_MAGIC, 0, cookie))
+                    out.append(_SIMPLE(_SIMPLE_MAGIC, 0, cookie))
                 else:
                     self._pinned += 1
                     self._wait(result, command, cookie, offset, length, in_receive_buffer=True)
@@ -324,9 +332,10 @@ class Session(asyncio.BufferedProtocol):
             elif command == p.CMD_WRITE_ZEROES:
                 result = export.write_zeroes(offset, length, fua, not flags & p.CMD_FLAG_NO_HOLE)
             else:
-                length = length | (1 << 32 if flags & p.CMD_FLAG_REQ_ONE else 0)
-                result = export.block_status(offset, length & 0xFFFFFFFF)
-            if result is None or isinstance(result, list | tuple):
+                result = export.block_status(offset, length)
+                if flags & p.CMD_FLAG_REQ_ONE:
+                    length |= _REQ_ONE_BIT
+            if result is None or isinstance(result, _AT_ONCE):
                 self._answer(command, cookie, offset, length, result)
                 return
         except Exception as error:
@@ -399,7 +408,7 @@ class Session(asyncio.BufferedProtocol):
                 self._out.append(_SIMPLE(p.SIMPLE_REPLY_MAGIC, 0, cookie))
             self._out += parts
         elif command == p.CMD_BLOCK_STATUS:
-            extents: list[Extent] = p.clip_extents(result, length & 0xFFFFFFFF, bool(length >> 32))
+            extents: list[Extent] = p.clip_extents(result, length & ~_REQ_ONE_BIT, bool(length & _REQ_ONE_BIT))
             body = p.U32.pack(p.BASE_ALLOCATION_ID) + p.pack_extents(extents)
             self._out.append(p.CHUNK.pack(p.CHUNK_MAGIC, p.CHUNK_DONE, p.CHUNK_BLOCK_STATUS, cookie, len(body)) + body)
         else:

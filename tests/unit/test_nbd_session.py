@@ -8,11 +8,12 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog.testing
 import uvloop
 
 from dr_cloud.model.errors import DrCloudError
@@ -31,6 +32,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Overriding the")
 @pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])
 def event_loop_policy(request: pytest.FixtureRequest) -> Any:
     return request.param()
+
+
+@pytest.fixture(autouse=True)
+def told() -> Iterator[list[Any]]:
+    """What the log was told."""
+    with structlog.testing.capture_logs() as entries:
+        yield entries
 
 
 class SlowExport(MemoryExport):
@@ -273,7 +281,7 @@ class FailingExport(MemoryExport):
 
 
 @pytest.mark.parametrize("later", [False, True])
-async def test_errors_reach_the_client_and_the_connection_lives(served: Served, later: bool) -> None:
+async def test_errors_reach_the_client_and_the_connection_lives(served: Served, told: list[Any], later: bool) -> None:
     failing = FailingExport("bad", DISK_BYTES)
     failing.later = later
     client = await AsyncNbdClient.connect(served.add(failing))
@@ -303,6 +311,10 @@ async def test_errors_reach_the_client_and_the_connection_lives(served: Served, 
             else:
                 assert "bug" not in str(caught.value)
     await client.close()
+    bugs = [entry for entry in told if entry["event"] == "nbd.export_failed"]
+    assert [entry["export"] for entry in bugs] == ["bad"] * 5
+    assert isinstance(bugs[0]["exc_info"], ZeroDivisionError)
+    assert any("1-7.jrn" in entry["error"] for entry in told if entry["event"] == "nbd.io_error")
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -347,6 +359,18 @@ async def test_fua_and_no_hole_reach_the_disk(served: Served) -> None:
         ("write", False), ("write", True), ("write", True), ("trim", True),
         ("zero", False, True), ("zero", True, False), ("flush",),
     ]  # fmt: skip
+
+
+async def test_block_status_of_one_run(served: Served) -> None:
+    disk = MemoryExport("disk", DISK_BYTES)
+    disk.pwrite(1 << 20, memoryview(b"x"))
+    client = await AsyncNbdClient.connect(served.add(disk))
+    ask = client._do(p.CMD_BLOCK_STATUS, 4096, 4 << 20, p.CMD_FLAG_REQ_ONE)
+    assert (await ask).extents == [Extent((1 << 20) - 4096, True)]
+    assert await client.block_status(4096, 4 << 20) == [
+        Extent((1 << 20) - 4096, True), Extent(1 << 20, False), Extent((2 << 20) + 4096, True),
+    ]  # fmt: skip
+    await client.close()
 
 
 async def test_read_only_and_out_of_range(served: Served) -> None:
