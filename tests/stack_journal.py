@@ -91,7 +91,7 @@ def open_cache(
     root: Path, store: Store, plan: ImagePlan, *, limit_bytes: int = 1 << 30, threads: int = 4
 ) -> ObjectCache:
     reader = JournalReader(store, KEYS, SCOPE, plan.generations)
-    return ObjectCache(CacheFolder(root, SCOPE, "test", limit_bytes), reader, threads=threads)
+    return ObjectCache(CacheFolder(root, plan.scope, plan.journal, limit_bytes), reader, threads=threads)
 
 
 async def answer(result: Awaitable[Any] | Any) -> Any:

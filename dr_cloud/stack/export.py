@@ -26,7 +26,7 @@ import asyncio
 import errno
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 import numpy as np
 import structlog
@@ -49,6 +49,8 @@ from dr_cloud.stack.runs import adjacent_runs, by_region, table_runs
 from dr_cloud.stack.writelog import WriteLog
 
 log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
 
 _ZERO_BIT: Final = 1 << 62
 _LOCAL_ZERO: Final = LOCAL_BIT | _ZERO_BIT
@@ -232,7 +234,7 @@ class StackExport:
         for number in {loc >> 32 for loc, _ in runs}:
             mapped = self._cache.find(number) or brought.objects.get(number)
             if mapped is None:
-                mapped = await asyncio.wrap_future(self._cache.open(number))
+                mapped = await _result(self._cache.open(number))
             brought.objects[number] = mapped
         waiting: dict[Future[dict[int, Group]], int] = {}
         for loc, count in runs:
@@ -240,7 +242,7 @@ class StackExport:
             if not cached.has(loc & INDEX_MASK, count):
                 waiting.update(dict.fromkeys(self._cache.fetch(cached, loc & INDEX_MASK, count), cached.number))
         for future, number in waiting.items():
-            for group, data in (await asyncio.wrap_future(future)).items():
+            for group, data in (await _result(future)).items():
                 brought.groups[number, group] = data
 
     async def _load(self, region: int) -> None:
@@ -253,7 +255,7 @@ class StackExport:
             coming = self._cache.pool.submit(self._image.region, self._disk.index, region)
             self._loading[region] = coming
             coming.add_done_callback(lambda _: self._loading.pop(region, None))
-        locs = await asyncio.wrap_future(coming)
+        locs = await _result(coming)
         if self._regions[region] is None and not self._closed:
             self._regions[region] = locs.data
             if locs.flags.writeable:
@@ -467,3 +469,8 @@ class StackExport:
             extents.append(Extent(run_end - offset, run_hole))
             offset = run_end
         return extents
+
+
+async def _result(future: Future[_T]) -> _T:
+    """Wait for a job that others may wait for too: a request that is given up does not cancel it."""
+    return await asyncio.shield(asyncio.wrap_future(future))

@@ -4,7 +4,7 @@ Purpose: what one stack fetched and decoded, no other stack of the node fetches 
 
 Layout, below a root on a local file system (tmpfs or NVMe), every directory of mode 0700::
 
-    boot-<boot id>/<enterprise>/<vpg>/<target>/<identity>/
+    boot-<boot id>/<enterprise>/<vpg>/<target>/<journal's id>/
         lock                 empty; its bytes are locked, one for each name that is being made
         <name>               a table: an index, change rows, a keyframe's directory or one of its regions; made whole
                              in `<name>.part` and renamed
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import mmap
 import os
 import re
@@ -44,7 +43,7 @@ from typing import Final, Self
 
 from dr_cloud.model.blocks import BLOCK_SHIFT, BLOCK_SIZE
 from dr_cloud.model.errors import DrCloudError
-from dr_cloud.model.ids import Scope
+from dr_cloud.model.ids import Scope, check_name
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _BOOT_FOLDER: Final = re.compile(r"boot-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -124,13 +123,13 @@ class Filling:
 class CacheFolder:
     """The files of one journal's cache, and the limit on those of its enterprise. Thread-safe."""
 
-    def __init__(self, root: Path, scope: Scope, identity: str, limit_bytes: int) -> None:
+    def __init__(self, root: Path, scope: Scope, journal: str, limit_bytes: int) -> None:
         """Open the folder of `scope` below `root`, making what is missing.
 
         Args:
             root: A directory on a local file system, one for all stacks of a node.
             scope: Whose journal it is.
-            identity: What tells this journal from any other that ever had the same names (its store's address, say).
+            journal: The journal's own id, which tells it from any other that ever had the same names.
             limit_bytes: How much the enterprise's files may take.
 
         Raises:
@@ -143,11 +142,11 @@ class CacheFolder:
             if other != boot and _BOOT_FOLDER.fullmatch(other.name):
                 shutil.rmtree(other, ignore_errors=True)
         self._enterprise_path = boot / enterprise
-        self.path = (
-            self._enterprise_path / vpg / target / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-        )
+        self.path = self._enterprise_path / vpg / target / check_name(journal, "journal")
         for folder in (boot, self._enterprise_path, self.path.parent.parent, self.path.parent, self.path):
             _make_private(folder)
+        self.scope = scope
+        self.journal = journal
         self.limit_bytes = limit_bytes
 
     def table(self, name: str, build: Callable[[], bytes | memoryview]) -> memoryview:

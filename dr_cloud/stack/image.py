@@ -69,7 +69,10 @@ class Image:
         Raises:
             DamagedError: A stored object is damaged.
             StoreUnavailableError: The store does not answer.
+            ValueError: The cache is that of another journal.
         """
+        if (plan.scope, plan.journal) != (cache.folder.scope, cache.folder.journal):
+            raise ValueError(f"the plan of {plan.scope.prefix} needs its own cache, this is that of another journal")
         keyframe = cache.pool.submit(cache.keyframe, plan.base) if plan.base else None
         tables = [cache.pool.submit(cache.rows, ref) for ref in plan.objects if ref.rows]
         return cls(plan, keyframe.result() if keyframe else None, [table.result() for table in tables], cache)

@@ -291,9 +291,9 @@ def test_a_table_is_made_once_and_a_broken_one_begun_again(tmp_path: Path) -> No
 
 def test_scopes_and_journals_are_apart_and_private(tmp_path: Path) -> None:
     """R11: every enterprise's cache is a folder of its own that others may not enter; eviction stays inside it."""
-    acme = CacheFolder(tmp_path, SCOPE, "store one", 1)
-    same_names = CacheFolder(tmp_path, SCOPE, "store two", 1 << 30)
-    other = CacheFolder(tmp_path, Scope("bolt", "shop", "dc1"), "store one", 1 << 30)
+    acme = CacheFolder(tmp_path, SCOPE, "one", 1)
+    same_names = CacheFolder(tmp_path, SCOPE, "two", 1 << 30)
+    other = CacheFolder(tmp_path, Scope("bolt", "shop", "dc1"), "one", 1 << 30)
     for folder, text in ((acme, b"1"), (same_names, b"2"), (other, b"3")):
         assert folder.table("t", lambda text=text: text) == text
     for directory in (acme.path, *acme.path.parents):
@@ -305,7 +305,7 @@ def test_scopes_and_journals_are_apart_and_private(tmp_path: Path) -> None:
     assert not (acme.path / "t").exists() and (other.path / "t").exists()
     os.chmod(other.path, 0o755)
     with pytest.raises(DrCloudError, match="not private"):
-        CacheFolder(tmp_path, Scope("bolt", "shop", "dc1"), "store one", 1)
+        CacheFolder(tmp_path, Scope("bolt", "shop", "dc1"), "one", 1)
 
 
 def test_the_cache_of_another_boot_is_removed_and_nothing_else(tmp_path: Path) -> None:
