@@ -22,7 +22,7 @@ $(STAMP): requirements.lock pyproject.toml
 	    echo "A virtual environment could not be made. On Debian: sudo apt-get install -y python3-venv" >&2; \
 	    rm -rf .venv; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 tools:

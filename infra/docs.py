@@ -1,7 +1,7 @@
 """Writes the pages of docs/ that are made from the code, so that they cannot drift from it.
 
-    python infra/docs.py            write docs/formats.md
-    python infra/docs.py --check    exit with 1 if it is not what the code says
+    python infra/docs.py            write docs/formats.md and docs/requirements.md
+    python infra/docs.py --check    exit with 1 if they are not what the code and the tests say
 
 Every format has one module that owns it; its docstring is the specification. Here they are put together in the order in
 which data meets them.
@@ -13,6 +13,8 @@ import ast
 import sys
 from pathlib import Path
 from typing import Final
+
+import requirements
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "formats.md"
@@ -49,14 +51,16 @@ def page() -> str:
 
 def main(arguments: list[str]) -> int:
     """Write or check; return the exit code."""
+    pages = {PAGE: page(), ROOT / "docs" / "requirements.md": requirements.page(ROOT)}
     if arguments == ["--check"]:
-        if PAGE.is_file() and PAGE.read_text() == page():
-            return 0
-        print(f"{PAGE.relative_to(ROOT)} is not what the code says; run: make docs", file=sys.stderr)
-        return 1
+        stale = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what the code says; run: make docs", file=sys.stderr)
+        return 1 if stale else 0
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page())
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    for path, text in pages.items():
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
     return 0
 
 
