@@ -198,8 +198,8 @@ class SourceVdsa:
             for tap in list(self._taps.values()):
                 assert tap.transport is not None
                 tap.transport.abort()
+            # The socket's file stays: a source that took over may have put its own there.
             self._pool.shutdown(wait=False, cancel_futures=True)
-            self._tap_socket.unlink(missing_ok=True)
 
     async def checkpoint(self, tag: str, description: str = "", wait_seconds: float = 30.0) -> Durable:
         """Make a checkpoint by hand and wait until it is durable. Raises `DrCloudError` after `wait_seconds`."""
