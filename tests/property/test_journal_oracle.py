@@ -92,37 +92,43 @@ class Source:
         self.sequence = [0, 0]
         self.time_ns = start_ns
 
-    def frame(self, writes: int) -> None:
-        rng = self.rng
-        columns, blocks, digests = [], [], []
+    def frames(self, writes: int) -> None:
+        """Append a frame of each tap: their times interleave, their frames do not."""
+        order = self.rng.sample([0, 1], 2)
+        made: list[list[tuple[int, ...]]] = [[], []]
+        blocks: list[list[bytes]] = [[], []]
         for _ in range(writes):
-            tap = rng.randrange(2)
-            disk = rng.choice([0, 3])
-            self.sequence[tap] += 1
-            self.time_ns += rng.randrange(1, 5)
-            block = rng.choice(BLOCKS[disk])
-            kind = rng.random()
-            if kind < 0.15:
-                count = rng.choice([1, 1, 3, 40]) if disk == 0 else rng.choice([1, 5000, 3 << 18])
-                limit = 40 if disk == 0 else 3 << 18
-                count = min(count, limit - block)
-                columns.append((self.sequence[tap], self.time_ns, block, 0, count, disk, tap))
-                for b in BLOCKS[disk]:
-                    if block <= b < block + count:
-                        self.oracle.write(disk, b, self.time_ns, bytes(BLOCK_SIZE))
-                continue
-            content = bytes([rng.randrange(1, 6)]) * BLOCK_SIZE if kind < 0.5 else rng.randbytes(BLOCK_SIZE)
-            digest = KEYS.digest(content)
-            known = int(self.writer.known(digest)[0])
-            if not known:
-                blocks.append(content)
-                digests.append(digest)
-            ref = known or LOCAL_BIT | (len(blocks) - 1)
-            columns.append((self.sequence[tap], self.time_ns, block, ref, 1, disk, tap))
-            self.oracle.write(disk, block, self.time_ns, content)
-        self.number += 1
-        array = np.array(columns, COLUMN_DTYPE)
-        self.writer.append(seal_frame(KEYS, self.stream, self.number, array, blocks, b"".join(digests)), TAPS)
+            tap = self.rng.randrange(2)
+            self._write(tap, made[tap], blocks[tap])
+        for tap in order:
+            digests = b"".join(map(KEYS.digest, blocks[tap]))
+            columns = np.array(made[tap], COLUMN_DTYPE)
+            self.number += 1
+            self.writer.append(seal_frame(KEYS, self.stream, self.number, columns, blocks[tap], digests), TAPS)
+
+    def _write(self, tap: int, columns: list[tuple[int, ...]], blocks: list[bytes]) -> None:
+        rng = self.rng
+        disk = rng.choice([0, 3])
+        self.sequence[tap] += 1
+        self.time_ns += rng.randrange(1, 5)
+        block = rng.choice(BLOCKS[disk])
+        kind = rng.random()
+        if kind < 0.15:
+            count = rng.choice([1, 1, 3, 40]) if disk == 0 else rng.choice([1, 5000, 3 << 18])
+            limit = 40 if disk == 0 else 3 << 18
+            count = min(count, limit - block)
+            columns.append((self.sequence[tap], self.time_ns, block, 0, count, disk, tap))
+            for b in BLOCKS[disk]:
+                if block <= b < block + count:
+                    self.oracle.write(disk, b, self.time_ns, bytes(BLOCK_SIZE))
+            return
+        content = bytes([rng.randrange(1, 6)]) * BLOCK_SIZE if kind < 0.5 else rng.randbytes(BLOCK_SIZE)
+        known = int(self.writer.known(KEYS.digest(content))[0])
+        if not known:
+            blocks.append(content)
+        ref = known or LOCAL_BIT | (len(blocks) - 1)
+        columns.append((self.sequence[tap], self.time_ns, block, ref, 1, disk, tap))
+        self.oracle.write(disk, block, self.time_ns, content)
 
 
 def check_everywhere(store: Store, catalogue: Catalogue, oracle: Oracle, times: list[int]) -> set[str]:
@@ -161,7 +167,7 @@ def test_image_equals_oracle_at_any_time(
         first = True
         for _ in range(rng.randrange(1, 12)):
             for _ in range(rng.randrange(0, 3)):
-                source.frame(rng.randrange(1, 30))
+                source.frames(rng.randrange(1, 30))
             # The last cut of a writer takes all; others may leave some entries to the next.
             cut_ns = source.time_ns - rng.choice([0, 0, 20])
             checkpoint = writer.commit(writer.cut(cut_ns, "auto", {TAPS[0]: source.sequence[0]}, exact=not first))
@@ -192,7 +198,7 @@ def test_both_directions_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(random.Random(7), writer, oracle, 1_000)
     times = []
     for step in range(40):
-        source.frame(10)
+        source.frames(10)
         times.append(writer.commit(writer.cut(source.time_ns, "auto", {}, exact=step > 0)).time_ns)
         if writer._keyframe_job:
             writer._keyframe_job[0].result()

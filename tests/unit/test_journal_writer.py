@@ -11,9 +11,10 @@ import pytest
 from dr_cloud.journal import writer as writer_module
 from dr_cloud.journal.catalogue import Catalogue
 from dr_cloud.journal.frame import COLUMN_DTYPE, open_frame, seal_frame
+from dr_cloud.journal.reader import JournalReader
 from dr_cloud.journal.verify import verify_object
 from dr_cloud.journal.writer import JournalWriter
-from dr_cloud.model.blocks import BLOCK_SIZE, LOCAL_BIT
+from dr_cloud.model.blocks import BLOCK_SIZE, LOCAL_BIT, REGION_BLOCKS
 from dr_cloud.model.errors import DamagedError, FencedError, TimeOutOfRangeError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Disk
@@ -212,7 +213,11 @@ def test_dedup_knows_durable_blocks_only(tmp_path: Path) -> None:
     again = open_writer(store, tmp_path)
     assert again.known(digest).tolist() == [1 << 32]
     again.close()
-    elsewhere = open_writer(open_store("memory:"), tmp_path)
+    other = open_store("memory:")
+    first = JournalWriter.open(other, KEYS, SCOPE, clock_ns=lambda: 6)
+    for _ in range(3):
+        first.commit(first.cut(10, "auto", {}, exact=True))
+    elsewhere = open_writer(other, tmp_path)
     assert elsewhere.known(digest).tolist() == [0], "an index of another journal is dropped"
     elsewhere.close()
 
@@ -228,6 +233,8 @@ def test_a_late_entry_changes_no_image_that_could_be_seen() -> None:
     assert writer.late_entries == 1
     assert checkpoint.rows == 1
     assert writer.catalogue.plan(1_000_000).objects == writer.catalogue.checkpoints[1].objects
+    reader = JournalReader(store, KEYS, SCOPE, checkpoint.generations)
+    assert reader.rows(checkpoint.objects[0])["time_ns"].tolist() == [1_000_001]
 
 
 def test_times_that_cannot_be_had() -> None:
@@ -275,3 +282,25 @@ def test_a_keyframe_that_cannot_be_stored_is_made_later(monkeypatch: pytest.Monk
             writer._keyframe_job[0].result()
     assert len(writer.catalogue.keyframes) == 1
     assert open_writer(store)._map.regions.keys() == writer._map.regions.keys()
+
+
+def test_a_keyframe_keeps_the_regions_that_did_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 5: a region written before an earlier keyframe is in every later one, by its older home."""
+    monkeypatch.setattr(writer_module, "KEYFRAME_ROWS", 1)
+    store = open_store("memory:")
+    writer, feeder = open_writer(store), Feeder()
+    writer.set_disks([DISK.model_copy(update={"size_bytes": 4 << 30})])
+    for block in (1, REGION_BLOCKS + 1, 2 * REGION_BLOCKS + 1):
+        writer.append(feeder.frame({block: content(block % 7 + 1)}), [TAP])
+        writer.commit(writer.cut(feeder.time_ns, "auto", {}, exact=True))
+        if writer._keyframe_job:
+            writer._keyframe_job[0].result()
+    writer.commit(writer.cut(feeder.time_ns, "auto", {}, exact=True))
+    newest = writer.catalogue.keyframes[-1]
+    keyframe = JournalReader(store, KEYS, SCOPE, writer.newest.generations).keyframe(newest)
+    assert set(keyframe.homes) == {(0, 0), (0, 1), (0, 2)}
+    assert len({home.number for home in keyframe.homes.values()}) == 3
+    again = open_writer(store)
+    assert {key: int(locs[1]) for key, locs in again._map.regions.items()} == {
+        key: int(locs[1]) for key, locs in writer._map.regions.items()
+    }
