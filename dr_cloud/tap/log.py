@@ -1,6 +1,6 @@
 """Log lines that never make a guest wait: a thread writes them; what it cannot keep up with is counted and left out.
 
-A log that nobody reads (a full pipe, a hung terminal) would otherwise stop the event loop, and with it the guest's disk.
+A log that nobody reads (a full pipe, a hung terminal) would otherwise stop the event loop and the guest with it.
 """
 
 from __future__ import annotations

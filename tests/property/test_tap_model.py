@@ -298,6 +298,27 @@ class TapMachine(RuleBasedStateMachine):
     def end_sync(self) -> None:
         self.tap.end_sync()
 
+    @rule(pieces=st.integers(0, 6))
+    def advance(self, pieces: int) -> None:
+        """Go some way towards streaming, which single rules in a row rarely do."""
+        if self.tap.state is State.CONNECTING:
+            self.connect()
+        self.deliver_all()
+        if self.tap.state is State.TRACKING:
+            self.begin_sync()
+        for _ in range(pieces):
+            self.sync_step(9)
+        self.deliver_all()
+
+    def sync_step(self, count: int) -> None:
+        if self.tap.state is State.SYNCING:
+            if self.piece is not None:
+                self.send_piece()
+            elif self.runs:
+                self.read_piece(count)
+            else:
+                self.end_sync()
+
     # Crashes.
 
     @rule(reached=st.booleans())
@@ -333,12 +354,7 @@ class TapMachine(RuleBasedStateMachine):
             if self.tap.state is State.TRACKING:
                 self.begin_sync()
             while self.tap.state is State.SYNCING:
-                if self.piece is not None:
-                    self.send_piece()
-                elif self.runs:
-                    self.read_piece(9)
-                else:
-                    self.end_sync()
+                self.sync_step(9)
                 self.deliver_all()
         assert self.tap.state is State.STREAMING
         self.vdsa.make_durable(self.vdsa.newest)

@@ -219,6 +219,58 @@ def test_sync_leaves_out_what_guests_wrote(tap: Tap) -> None:
     assert not tap.bitmap.dirty
 
 
+def half_synced(tap: Tap) -> int:
+    """Send blocks 0 to 3 of 0 to 7 in a synchronisation; return the sequence that makes them durable."""
+    bits = tap.bitmap.disks[0]
+    bits.set(0, 8)
+    tap.connected()
+    assert tap.begin_sync()
+    tap.send_sync(tap.watch(bits, 0, 4), None)
+    sequence = tap.sequence
+    tap.send_sync(tap.watch(bits, 4, 4), None)
+    return sequence
+
+
+def dirty(tap: Tap) -> list[int]:
+    return [block for block in range(BLOCKS) if tap.bitmap.disks[0].test(block)]
+
+
+def test_sync_clears_piece_by_piece(tap: Tap) -> None:
+    """Invariant 2: a block sent again keeps its bit until it is durable, and what is durable need not come again."""
+    sequence = half_synced(tap)
+    tap.durable(sequence - 1)
+    assert dirty(tap) == [0, 1, 2, 3, 4, 5, 6, 7]
+    tap.durable(sequence)
+    assert dirty(tap) == [4, 5, 6, 7]
+    tap.lost()
+    assert dirty(tap) == [4, 5, 6, 7]
+
+
+def test_pieces_of_a_sync_broken_off_clear_nothing(tap: Tap) -> None:
+    """Invariant 2: what was on its way when the queue was dropped is not known to have arrived."""
+    half_synced(tap)
+    tap.drop("test")
+    write(tap, 1)
+    assert tap.begin_sync()
+    tap.durable(tap.sequence)
+    assert dirty(tap) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_progress_of_a_sync_outlives_a_drop(tap: Tap) -> None:
+    """Blocks that were in an epoch before a drop, and are durable since, do not come a third time."""
+    stream(tap)
+    for block in range(8):
+        write(tap, block)
+    tap.drop("test")
+    assert tap.begin_sync()
+    bits = tap.bitmap.disks[0]
+    tap.send_sync(tap.watch(bits, 0, 4), None)
+    tap.durable(tap.sequence)
+    tap.send_sync(tap.watch(bits, 4, 4), None)
+    tap.drop("test")
+    assert dirty(tap) == [4, 5, 6, 7]
+
+
 def test_slow_vdsa_has_bounded_pending(tap: Tap, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces not yet durable are joined when there are many; a piece that could not be read is in none of them."""
     monkeypatch.setattr("dr_cloud.tap.tap._PENDING_MAX", 2)

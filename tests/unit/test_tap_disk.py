@@ -248,3 +248,88 @@ async def test_flush_makes_disk_and_bits_durable(path: Path, monkeypatch: pytest
         await guest.export.flush()
     monkeypatch.undo()
     await guest.close()
+
+
+class LateDisk(FileDisk):
+    """A file whose writes are done when the test says so, in the order it likes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.waiting: list[tuple[int, bytes, asyncio.Future[None]]] = []
+
+    def zero(self, offset: int, length: int, may_trim: bool) -> asyncio.Future[None]:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append((offset, bytes(length), done))
+        return done
+
+    def land(self, place: int, error: OSError | None = None) -> None:
+        offset, data, done = self.waiting.pop(place)
+        with self.path.open("r+b") as file:
+            file.seek(offset)
+            file.write(data[: len(data) // 2] if error else data)
+        if error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def late_guest(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Guest, LateDisk]:
+    monkeypatch.setattr(f"{__name__}.FileDisk", LateDisk)
+    guest = Guest(path)
+    assert isinstance(guest.disk, LateDisk)
+    return guest, guest.disk
+
+
+async def test_changes_of_one_block_take_turns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R5: what shares a block reaches disk and feed in one order; what does not goes on."""
+    guest, disk = await late_guest(path, monkeypatch)
+    trim = asyncio.ensure_future(guest.export.trim(4096, 8192, False))
+    await turns()
+    same = guest.export.pwrite(8192, memoryview(b"s" * 512), False)
+    other = guest.export.pwrite(20 * BLOCK_SIZE, memoryview(b"o" * 4096), False)
+    assert same is not None
+    assert other is not None
+    waiting, free = asyncio.ensure_future(same), asyncio.ensure_future(other)
+    await turns()
+    assert free.done()
+    assert not waiting.done()
+    disk.land(0)
+    await asyncio.gather(trim, waiting, free)
+    assert [copy[:3] for copy in guest.copies()] == [(wire.WRITE, 20, 1), (wire.ZERO, 1, 2), (wire.WRITE, 2, 1)]
+    assert guest.same()
+    await guest.close()
+
+
+async def test_late_failure_is_copied_as_it_left_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest, disk = await late_guest(path, monkeypatch)
+    trim = asyncio.ensure_future(guest.export.trim(4096, 8192, False))
+    await turns()
+    disk.land(0, OSError(errno.EIO, "half done"))
+    with pytest.raises(OSError, match="half done"):
+        await trim
+    assert guest.copies() == [(wire.WRITE, 1, 2, 1)]
+    assert guest.same()
+    await guest.close()
+
+
+async def test_call_broken_off_keeps_its_bits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 2: the disk may finish what nobody waits for any more; its bits outlive every DURABLE."""
+    guest, _ = await late_guest(path, monkeypatch)
+    trim = asyncio.ensure_future(guest.export.trim(4096, 8192, False))
+    await turns()
+    trim.cancel()
+    await asyncio.wait({trim})
+    assert guest.tap.state is State.TRACKING
+    guest.tap.begin_sync()
+    bits = guest.bitmap.disks[0]
+    guest.tap.send_sync(guest.tap.watch(bits, 0, 8), None)
+    guest.tap.durable(guest.tap.sequence)
+    assert bits.test(1)
+    assert bits.test(2)
+    assert guest.export.pwrite(4096, memoryview(bytes(4096)), False) is None
+    await guest.close()
