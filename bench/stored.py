@@ -67,9 +67,10 @@ def _over_written(stored_bytes: int, written_bytes: int) -> Figure:
 
 def _unnamed_bytes(pid: int, directory: Path) -> int:
     """Return the space taken by a process's open files that were made in `directory` and have no name there."""
-    total = 0
+    taken = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         target = str(link.readlink()) if link.is_symlink() else ""
         if target.startswith(f"{directory}/") and target.endswith("(deleted)"):
-            total += link.stat().st_blocks * 512
-    return total
+            found = link.stat()
+            taken[found.st_ino] = found.st_blocks * 512  # A mapping holds its file open a second time.
+    return sum(taken.values())
