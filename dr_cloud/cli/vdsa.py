@@ -21,6 +21,7 @@ from dr_cloud.model.ids import Scope
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
 from dr_cloud.vdsa.actions import SourceLimits
+from dr_cloud.vdsa.memory import keep_freed_memory
 from dr_cloud.vdsa.source_io import SourceVdsa
 from dr_cloud.vdsa.target_io import TargetVdsa
 
@@ -40,6 +41,7 @@ async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
 def _run(name: str, work: Coroutine[Any, Any, None]) -> None:
     # Standard output belongs to the one line that says what is ready.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    keep_freed_memory()
     try:
         uvloop.run(_until_stopped(work))
     except (DrCloudError, OSError) as error:
