@@ -14,6 +14,7 @@ use brings it back, and from which it is dropped when the cache is over its limi
 from __future__ import annotations
 
 import io
+import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -101,7 +102,9 @@ class ObjectCache:
     """
 
     def __init__(self, folder: CacheFolder, source: JournalSource, *, threads: int = FETCH_THREADS) -> None:
-        """Serve from `folder`, filling it from `source`."""
+        """Serve from `folder`, filling it from `source`. Raises the process's limit of open files as far as it may."""
+        _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
         self.folder = folder
         self._source = source
         self.pool = ThreadPoolExecutor(threads, "stack-fetch")

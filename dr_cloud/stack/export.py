@@ -88,6 +88,8 @@ class StackExport:
         blocks_read, blocks_written: Whole blocks of answered requests.
     """
 
+    fast_zeroes = True
+
     def __init__(self, name: str, disk: Disk, image: Image, cache: ObjectCache, writes: WriteLog) -> None:
         """Serve `disk` of `image` under `name`; writes go to `writes`."""
         self.name = name
