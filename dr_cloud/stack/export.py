@@ -42,6 +42,7 @@ from dr_cloud.model.blocks import (
 )
 from dr_cloud.model.errors import DamagedError, DrCloudError
 from dr_cloud.model.journal import Disk
+from dr_cloud.model.units import format_time
 from dr_cloud.nbd.export import Buffer, Extent
 from dr_cloud.stack.cache import CachedObject, Group, Locs, ObjectCache
 from dr_cloud.stack.image import HOLES, Image, region_count
@@ -93,7 +94,7 @@ class StackExport:
     def __init__(self, name: str, disk: Disk, image: Image, cache: ObjectCache, writes: WriteLog) -> None:
         """Serve `disk` of `image` under `name`; writes go to `writes`."""
         self.name = name
-        self.description = f"{disk.name} as it was at {image.plan.at_ns} ns"
+        self.description = f"{disk.name} as it was at {format_time(image.plan.at_ns)}"
         self.size_bytes = disk.size_bytes
         self.read_only = False
         self.block_size_minimum = 1
@@ -129,7 +130,7 @@ class StackExport:
 
     def pread(self, offset: int, length: int) -> Sequence[Buffer] | Awaitable[Sequence[Buffer]]:
         """Return the bytes as slices of what is mapped, or an awaitable where something must be fetched."""
-        if length == BLOCK_SIZE and not offset & _OFFSET_MASK:
+        if length == BLOCK_SIZE and not offset & _OFFSET_MASK and self.on_served is None:
             block = offset >> BLOCK_SHIFT
             region = self._regions[block >> REGION_SHIFT]
             if region is not None:

@@ -94,6 +94,20 @@ async def test_times_and_counters(plan: ImagePlan, cache: ObjectCache, tmp_path:
     stack.close()
 
 
+@pytest.mark.parametrize("before", ["block_status", "pwrite", "trim"])
+async def test_the_first_byte_is_timed_whatever_came_before(
+    before: str, plan: ImagePlan, cache: ObjectCache, tmp_path: Path
+) -> None:
+    stack = open_stack(plan, cache, tmp_path)
+    export = wide(stack)
+    second = memoryview(bytes(BLOCK_SIZE)) if before == "pwrite" else BLOCK_SIZE
+    await answer(getattr(export, before)(6 * REGION_BYTES, second))
+    assert stack.statistics().first_byte_seconds is None
+    await read(export, 6 * REGION_BYTES, BLOCK_SIZE)
+    assert stack.statistics().first_byte_seconds is not None
+    stack.close()
+
+
 async def test_close_leaves_nothing_and_is_told(plan: ImagePlan, cache: ObjectCache, tmp_path: Path) -> None:
     """R14.5: after the end neither a file, nor an open one, nor a mapping of the log is left."""
     work_dir = tmp_path / "log-place"
