@@ -49,13 +49,13 @@ class Rig:
         self.processes.append(process)
         return process
 
-    def start_tap(self, queue: str = "64MiB", **environment: str) -> subprocess.Popen[str]:
+    def start_tap(self, queue: str = "64MiB") -> subprocess.Popen[str]:
         arguments = ["--disk", f"d={self.source}", "--socket", f"{self.folder}/tap.sock", "--queue", queue]
         arguments += ["--vdsa", f"{self.folder}/vdsa.sock", "--state", f"{self.folder}/state"]
         tap = self.start(sys.executable, "-m", "dr_cloud.cli.tap", *arguments)
         assert tap.stdout is not None
         line = tap.stdout.readline()
-        assert line == f"tap ready: {self.address}\n".replace("///d", "///d"), line
+        assert line == f"tap ready: {self.address}\n", line
         return tap
 
     def start_vdsa(self) -> subprocess.Popen[str]:
