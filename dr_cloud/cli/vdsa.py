@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 from collections.abc import Coroutine
@@ -42,6 +43,9 @@ def _run(name: str, work: Coroutine[Any, Any, None]) -> None:
     # Standard output belongs to the one line that says what is ready.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     keep_freed_memory()
+    # A record per write makes many short-lived tuples and no cycles: collect seldom, and not what start-up made.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
     try:
         uvloop.run(_until_stopped(work))
     except (DrCloudError, OSError) as error:
