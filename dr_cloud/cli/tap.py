@@ -10,6 +10,7 @@ import structlog
 import typer
 import uvloop
 
+from dr_cloud.model.blocks import DISK_INDEX_MAX
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.units import parse_size
 from dr_cloud.tap.log import LogThread
@@ -44,6 +45,10 @@ def tap(
     socket: Annotated[Path | None, typer.Option(help="Unix socket on which to serve NBD.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT on which to serve NBD.")] = None,
     queue: Annotated[str, typer.Option(help="Most memory for copies that the VDSA has not taken.")] = "64MiB",
+    first_index: Annotated[
+        int,
+        typer.Option(min=0, max=DISK_INDEX_MAX, help="Numbers new disks from here: each tap of a VPG its own range."),
+    ] = 0,
 ) -> None:
     """Export disks over NBD and send a copy of every write to the source VDSA.
 
@@ -52,7 +57,7 @@ def tap(
     if socket is None and listen is None:
         raise typer.BadParameter("give --socket PATH or --listen HOST:PORT, or both")
     host, port = (None, 0) if listen is None else _address(listen)
-    options = TapOptions([_disk(text) for text in disk], vdsa, state, socket, host, port, _size(queue))
+    options = TapOptions([_disk(text) for text in disk], vdsa, state, socket, host, port, _size(queue), first_index)
     # Standard output belongs to the one line that says where the disks are.
     log = LogThread(sys.stderr)
     structlog.configure(logger_factory=log)

@@ -62,7 +62,7 @@ import google_crc32c
 import numpy as np
 import structlog
 
-from dr_cloud.model.blocks import BLOCK_SHIFT, DISK_SIZE_BYTES_MAX, blocks_of
+from dr_cloud.model.blocks import BLOCK_SHIFT, DISK_INDEX_MAX, DISK_SIZE_BYTES_MAX, blocks_of
 from dr_cloud.model.errors import DamagedError, DrCloudError
 from dr_cloud.model.ids import check_name
 from dr_cloud.model.journal import Disk
@@ -149,8 +149,17 @@ class IntentBitmap:
         hot: Item 0 is the sequence, item 1 the time; the owner stores both on every write.
     """
 
-    def __init__(self, path: Path, disks: Sequence[tuple[str, int]], boot: bytes | None = None) -> None:
+    def __init__(
+        self, path: Path, disks: Sequence[tuple[str, int]], boot: bytes | None = None, first_index: int = 0
+    ) -> None:
         """Open or make the file at `path` for `disks`, each a name and a size in bytes.
+
+        Args:
+            path: The file.
+            disks: What the tap exports.
+            boot: The host's boot id; None reads it.
+            first_index: New disks get indexes from here on, so that the taps of one VPG share none. Disks that the
+                file knows keep theirs.
 
         Raises:
             DrCloudError: Another process has the file open, a name cannot be used, or there is no space for it.
@@ -165,7 +174,7 @@ class IntentBitmap:
             raise DrCloudError("two disks have the same name", "Give every disk a name of its own.")
         self._lock = _lock(path)
         try:
-            fixed = self._prepare(disks, boot)
+            fixed = self._prepare(disks, boot, first_index)
             self._map(fixed, boot)
         except OSError as error:
             os.close(self._lock)
@@ -177,17 +186,21 @@ class IntentBitmap:
             os.close(self._lock)
             raise
 
-    def _prepare(self, disks: Sequence[tuple[str, int]], boot: bytes) -> _Fixed:
+    def _prepare(self, disks: Sequence[tuple[str, int]], boot: bytes, first_index: int) -> _Fixed:
         """Bring the file into the form that `disks` need, and return its fixed part."""
         old, data, everything = self._read_old(boot)
         known = {entry.disk.name: entry for entry in old.entries}
-        next_index = old.next_index
+        next_index = max(old.next_index, first_index)
         wanted = []
         offset = _fixed_bytes(len(disks)) + PAGE_BYTES
         for name, size_bytes in disks:
             entry = known.get(name)
             index = entry.disk.index if entry else next_index
             next_index += entry is None
+            if index > DISK_INDEX_MAX:
+                raise DrCloudError(
+                    f"disk {name} would have an index over {DISK_INDEX_MAX}", "Give a smaller one first."
+                )
             wanted.append(_Entry(Disk(index=index, name=name, size_bytes=size_bytes), offset))
             offset += len(PLANES) * _plane_bytes(size_bytes)
         if wanted == old.entries and not everything:

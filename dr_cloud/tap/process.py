@@ -46,6 +46,8 @@ class TapOptions(NamedTuple):
     host: str | None = None
     port: int = 0
     queue_bytes_max: int = 64 << 20
+    first_index: int = 0
+    """Indexes of new disks begin here."""
 
 
 async def open_disk(address: str) -> Disk:
@@ -76,7 +78,9 @@ async def serve(options: TapOptions, ready: Callable[[str], None]) -> None:
             stack.push_async_callback(disk.close)
             disks.append(disk)
         bitmap = IntentBitmap(
-            options.state, [(source.name, disk.size_bytes) for source, disk in zip(options.disks, disks, strict=True)]
+            options.state,
+            [(source.name, disk.size_bytes) for source, disk in zip(options.disks, disks, strict=True)],
+            first_index=options.first_index,
         )
         stack.push_async_callback(_close_bitmap, bitmap, disks)
         tap = Tap(bitmap, options.queue_bytes_max)

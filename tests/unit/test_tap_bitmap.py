@@ -219,6 +219,19 @@ def test_disks_come_and_go(path: Path) -> None:
     more.close()
 
 
+def test_indexes_begin_where_told(path: Path) -> None:
+    """R5: taps of one VPG number their disks apart; a disk that is known keeps its index."""
+    IntentBitmap(path, [("a", 40 * KIB)], boot=BOOT, first_index=7).close()
+    again = IntentBitmap(path, [("b", 40 * KIB), ("a", 40 * KIB)], boot=BOOT, first_index=20)
+    assert [(bits.disk.name, bits.disk.index) for bits in again.disks] == [("b", 20), ("a", 7)]
+    again.close()
+    last = IntentBitmap(path, [("a", 40 * KIB), ("c", 40 * KIB)], boot=BOOT, first_index=0xFFFF)
+    assert [bits.disk.index for bits in last.disks] == [7, 0xFFFF]
+    last.close()
+    with pytest.raises(DrCloudError, match="index over 65535"):
+        IntentBitmap(path, [("a", 40 * KIB), ("d", 40 * KIB)], boot=BOOT)
+
+
 def test_many_disks_need_more_than_a_page_of_head(path: Path) -> None:
     disks = [(f"disk-{number}", 8 * KIB) for number in range(100)]
     bitmap = IntentBitmap(path, disks, boot=BOOT)
