@@ -9,7 +9,10 @@ import typer
 
 from dr_cloud.demo.run import run_demo
 
+app = typer.Typer(pretty_exceptions_enable=False)
 
+
+@app.command()
 def demo(
     json: Annotated[Path | None, typer.Option(help="Write the report to this file as JSON.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Save what is shown as a picture.")] = None,

@@ -38,6 +38,10 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
 def tap(
     disk: Annotated[list[str], typer.Option(help="NAME=PATH of a raw file or block device, or NAME=NBD-URI.")],
     vdsa: Annotated[Path, typer.Option(help="Unix socket of the source VDSA. It need not be there yet.")],
@@ -71,4 +75,4 @@ def tap(
 
 
 if __name__ == "__main__":
-    typer.run(tap)
+    app()

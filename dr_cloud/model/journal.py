@@ -33,7 +33,8 @@ class Disk(_Record):
 class ObjectRef(_Record):
     """One journal object: its number (with the generation, its key) and what it holds."""
 
-    number: int = Field(gt=0, le=0xFFFF_FFFE)
+    number: int = Field(gt=0, le=0x7FFF_FFFF)
+    """Below 2³¹: the highest bit of a loc is taken."""
     generation: int = Field(gt=0)
     size_bytes: int = Field(ge=0)
     blocks: int = Field(ge=0)
