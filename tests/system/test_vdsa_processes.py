@@ -106,8 +106,9 @@ class Rig:
         now = time.time_ns()
         self.wait("a newer checkpoint", lambda: (self.catalogue().newest_ns or 0) > now)
 
-    def exact(self) -> list[Checkpoint]:
-        return [c for c in self.catalogue().checkpoints if c.testable and c.exact_from_ns < c.time_ns]
+    @staticmethod
+    def exact(catalogue: Catalogue) -> list[Checkpoint]:
+        return [c for c in catalogue.checkpoints if c.testable and c.exact_from_ns < c.time_ns]
 
     def check(self) -> None:
         """End the guest; then the newest image is the disk, and exact times hold just what was written by then."""
@@ -124,7 +125,7 @@ class Rig:
             if disk[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE] != ZERO
         }
         assert reader.image(catalogue.plan(catalogue.newest_ns or 0)) == expected
-        exact = self.exact()
+        exact = self.exact(catalogue)
         chance = random.Random(11)
         for checkpoint in chance.sample(exact, min(len(exact), 12)):
             at_ns = chance.randint(checkpoint.exact_from_ns, checkpoint.time_ns)
@@ -183,8 +184,8 @@ def test_killed_and_hung_parts_lose_nothing(rig: Rig) -> None:
     target.send_signal(signal.SIGCONT)
     rig.newer_checkpoint()
 
-    before = len(rig.exact())
-    rig.wait("times between checkpoints", lambda: len(rig.exact()) >= before + 3)
+    before = len(rig.exact(rig.catalogue()))
+    rig.wait("times between checkpoints", lambda: len(rig.exact(rig.catalogue())) >= before + 3)
     rig.check()
     source.terminate()
     target.terminate()
