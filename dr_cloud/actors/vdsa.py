@@ -22,6 +22,7 @@ from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
+from dr_cloud.vdsa.memory import keep_freed_memory
 from dr_cloud.vdsa.scope import ScopeStatus
 from dr_cloud.vdsa.target_io import TargetVdsa
 
@@ -38,6 +39,7 @@ class Vdsa:
             name: The target's name, the third part of a scope.
             address: Where sources connect (`dr_cloud.link.stream`); the same after a restart.
         """
+        keep_freed_memory()
         self._store = open_store(settings.store_url)
         self._keyring = Keyring.open(settings.keyring)
         self._loop = LoopThread("vdsa")
