@@ -27,7 +27,7 @@ CLAIM_MAGIC: Final = b"DRCW"
 VERSION: Final = 1
 
 
-def seal_checkpoint(keys: VpgKeys, checkpoint: Checkpoint) -> tuple[str, bytearray]:
+def seal_checkpoint(keys: VpgKeys, checkpoint: Checkpoint) -> tuple[str, bytes]:
     """Return (key in the store, bytes) of a checkpoint."""
     key = layout.checkpoint_key(keys.scope, checkpoint.number)
     return key, Sealer(keys, key, MAGIC, VERSION).finish([pack_json(checkpoint.model_dump())], [])
@@ -45,7 +45,7 @@ def read_checkpoint(store: Store, keys: VpgKeys, number: int) -> Checkpoint:
     return checkpoint
 
 
-def seal_claim(keys: VpgKeys, generation: int, now_ns: int) -> tuple[str, bytearray]:
+def seal_claim(keys: VpgKeys, generation: int, now_ns: int) -> tuple[str, bytes]:
     """Return (key in the store, bytes) of a writer's claim of `generation`."""
     key = layout.writer_key(keys.scope, generation)
     claim = {"generation": generation, "created_ns": now_ns, "host": socket.gethostname(), "pid": os.getpid()}

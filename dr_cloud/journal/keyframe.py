@@ -104,7 +104,7 @@ def seal_keyframe(
     previous: Keyframe | None,
     changed: Mapping[RegionKey, Locs],
     checkpoints: Sequence[Checkpoint],
-) -> tuple[str, bytearray, Keyframe]:
+) -> tuple[str, bytes, Keyframe]:
     """Return (key in the store, bytes, the keyframe as it will be read) of the map after `ref`'s checkpoint.
 
     Args:

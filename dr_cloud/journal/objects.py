@@ -58,7 +58,7 @@ _FRAME_DTYPE: Final = np.dtype(
 Rows = NDArray[Any]
 
 
-def seal_object(keys: VpgKeys, key: str, frames: Sequence[Frame], rows: Rows) -> bytearray:
+def seal_object(keys: VpgKeys, key: str, frames: Sequence[Frame], rows: Rows) -> bytes:
     """Return the journal object of `frames` and `rows`, to be stored at `key`."""
     table = np.zeros(len(frames), _FRAME_DTYPE)
     offset = 0
