@@ -48,11 +48,18 @@ class RunningStack:
         self._provider = provider
         self._enterprise = enterprise
         self._actor = actor
-        self._opening = actor.open.remote(plan, asked_ns=time.monotonic_ns())
+        self._asked_ns = time.monotonic_ns()
+        self._opening = actor.open.remote(plan, asked_ns=self._asked_ns)
 
     def wait_open(self) -> OpenedStack:
-        """Wait until it serves."""
-        opened: OpenedStack = _get(self._opening)
+        """Wait until it serves. An actor that died while it was idle costs no test: a new one takes its place."""
+        try:
+            opened: OpenedStack = _get(self._opening)
+        except DrCloudError as error:
+            if not isinstance(error.__cause__, ray.exceptions.RayActorError):
+                raise
+            self._actor = self._provider.pool.start()
+            opened = _get(self._actor.open.remote(self.plan, asked_ns=self._asked_ns))
         return opened
 
     def statistics(self) -> StackStatistics:

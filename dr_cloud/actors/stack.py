@@ -146,8 +146,11 @@ class StackPool:
     def refill(self) -> None:
         """Start actors until enough are idle; they become ready on their own."""
         while len(self._fresh) < self._idle_wanted:
-            name = f"{self._prefix}-{next(self._numbers)}"
-            self._fresh.append(StackActor.remote(self._settings, name))  # type: ignore[attr-defined]
+            self._fresh.append(self.start())
+
+    def start(self) -> Any:
+        """Start an actor that is not kept here: for a test whose idle actor turned out to be dead."""
+        return StackActor.remote(self._settings, f"{self._prefix}-{next(self._numbers)}")  # type: ignore[attr-defined]
 
     def wait_until_ready(self, timeout_seconds: float = 120.0) -> list[int]:
         """Wait until every idle actor is ready; return their process ids."""
