@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import shutil
-import socket
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import boto3
 import pytest
-from botocore.config import Config
-from moto.server import ThreadedMotoServer
+from s3_servers import ACCESS, BUCKET, REGION, SECRET, moto, versitygw
 
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.store import ObjectExistsError, ObjectMissingError, Store, StoreUnavailableError, open_store
@@ -25,7 +19,6 @@ from dr_cloud.store.retry import RetryingStore
 
 pytestmark = pytest.mark.system
 
-ACCESS, SECRET, REGION, BUCKET = "conformance", "conformance-secret", "us-east-1", "conformance"
 KINDS = ("memory", "local", "moto", "versitygw")
 MIB = 1 << 20
 
@@ -38,68 +31,16 @@ def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def make_bucket(endpoint: str) -> None:
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name=REGION,
-        aws_access_key_id=ACCESS,
-        aws_secret_access_key=SECRET,
-        config=Config(s3={"addressing_style": "path"}),
-    )
-    client.create_bucket(Bucket=BUCKET)
-
-
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        make_bucket(endpoint)
+    with moto() as endpoint:
         yield endpoint
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="session")
 def versitygw_endpoint(require_tool: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    program = require_tool("versitygw")
-    folder = tmp_path_factory.mktemp("versitygw")
-    for name in ("data", "sidecar"):
-        (folder / name).mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # The sidecar holds what other file systems keep in extended attributes, which not every /tmp has.
-    command = [program, "--port", f"127.0.0.1:{port}", "--access", ACCESS, "--secret", SECRET, "--region", REGION]
-    command += ["--quiet", "posix", "--sidecar", str(folder / "sidecar"), str(folder / "data")]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_for_port(port, server, folder / "log")
-        make_bucket(f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for_port(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    pytest.fail(f"the server does not listen: {log.read_text()}")
+    with versitygw(require_tool("versitygw"), tmp_path_factory.mktemp("versitygw")) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(params=["moto", "versitygw"])
