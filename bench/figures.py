@@ -98,7 +98,7 @@ def against(values: list[float], unit: str, target: Target | None = None) -> Fig
 def show(figures: Figures) -> None:
     """Print the table."""
     table = Table(title="Measured beside peers", title_justify="left")
-    table.add_column("figure")
+    table.add_column("figure", no_wrap=True)
     for name in ("ours", "peer", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("unit")
@@ -108,7 +108,7 @@ def show(figures: Figures) -> None:
         met = "" if figure.met is None else "[green]yes[/]" if figure.met else "[red]no[/]"
         numbers = (_short(value) for value in (figure.ours, figure.peer, figure.ratio))
         table.add_row(name, *numbers, figure.unit, figure.target, met)
-    Console(highlight=False, width=None if Console().is_terminal else 140).print(table)
+    Console(highlight=False, width=None if Console().is_terminal else 160).print(table)
 
 
 def machine() -> dict[str, str | int]:

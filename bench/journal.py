@@ -20,8 +20,8 @@ from bench.figures import Figure, Figures, Target, against, beside, interleaved
 from dr_cloud.model.blocks import BLOCK_SIZE
 from dr_cloud.model.errors import DrCloudError
 
-LARGE_BYTES: Final = 384 << 20
-SMALL_BYTES: Final = 128 << 20
+LARGE_BYTES: Final = 640 << 20
+SMALL_BYTES: Final = 256 << 20
 CHECKPOINT_SECONDS: Final = 0.5
 QUEUE: Final = "4GiB"
 CHAIN, LIMIT = "chain", "one thread"
