@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from e2e_world import MIB, SECOND_NS, Chain, Guest, GuestWrite, Stacks, make_disk, wait_until
 
+from dr_cloud.journal.writer import KEYFRAME_ROWS
 from dr_cloud.model.blocks import BLOCK_SIZE
 
 pytestmark = pytest.mark.system
@@ -179,3 +180,29 @@ def test_source_and_target_killed_at_once(world: World) -> None:
     assert not guest.failures
     world.check_everything(exact_until_ns)
     assert chain.catalogue().checkpoints[-1].generation == generation + 1
+
+
+def test_the_target_killed_between_keyframes(world: World) -> None:
+    """R14.3, invariant 4: a map recovered from a keyframe and the rows after it makes right images, undo and redo."""
+    chain, guest = world.chain, world.guest
+    for _ in range(2):
+        chain.wait_newest(time.time_ns())
+        keyframes = len(chain.catalogue().keyframes)
+        for _ in range(100):
+            guest.write_something()
+        for _ in range(KEYFRAME_ROWS // 1024 + 1):
+            guest.write("d", AREA[1], None, 1024 * BLOCK_SIZE)
+        wait_until(lambda keyframes=keyframes: len(chain.catalogue().keyframes) > keyframes)
+        for _ in range(100):
+            guest.write_something()
+        chain.wait_newest(time.time_ns())
+        chain.kill("target")
+        world.bring_back("target", "killed")
+    world.check_everything()
+    catalogue = chain.catalogue()
+    directions = set()
+    for number in random.sample(range(len(guest.writes)), 12):
+        plan = catalogue.plan(guest.writes[number].acked_ns)
+        directions.add(plan.direction)
+        guest.check(world.stacks.image(plan), plan.at_ns)
+    assert directions == {"undo", "redo"}
