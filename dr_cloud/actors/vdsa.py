@@ -22,7 +22,7 @@ from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
-from dr_cloud.vdsa.memory import keep_freed_memory
+from dr_cloud.tap.memory import keep_freed_memory
 from dr_cloud.vdsa.scope import ScopeStatus
 from dr_cloud.vdsa.target_io import TargetVdsa
 

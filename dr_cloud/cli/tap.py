@@ -14,6 +14,7 @@ from dr_cloud.model.blocks import DISK_INDEX_MAX
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.units import parse_size
 from dr_cloud.tap.log import LogThread
+from dr_cloud.tap.memory import keep_freed_memory
 from dr_cloud.tap.process import DiskSource, TapOptions, serve
 
 
@@ -62,6 +63,7 @@ def tap(
         raise typer.BadParameter("give --socket PATH or --listen HOST:PORT, or both")
     host, port = (None, 0) if listen is None else _address(listen)
     options = TapOptions([_disk(text) for text in disk], vdsa, state, socket, host, port, _size(queue), first_index)
+    keep_freed_memory()
     # Standard output belongs to the one line that says where the disks are.
     log = LogThread(sys.stderr)
     structlog.configure(logger_factory=log)

@@ -21,8 +21,8 @@ from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import Scope
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
+from dr_cloud.tap.memory import keep_freed_memory
 from dr_cloud.vdsa.actions import SourceLimits
-from dr_cloud.vdsa.memory import keep_freed_memory
 from dr_cloud.vdsa.source_io import SourceVdsa
 from dr_cloud.vdsa.target_io import TargetVdsa
 

@@ -63,7 +63,7 @@ from dr_cloud.store.store import Store
 
 _log = logging.getLogger(__name__)
 
-KEYFRAME_ROWS: Final = 1 << 18
+KEYFRAME_ROWS: Final = 1 << 17
 KEYFRAME_CHECKPOINTS: Final = 128
 OBJECT_BYTES_MAX: Final = 64 << 20
 _ENTRY_BYTES: Final = ROW_DTYPE.itemsize
