@@ -1,7 +1,8 @@
 """Memory that was freed stays with the process, so that it need not be mapped and zeroed again.
 
-A tap and a VDSA take and let go of buffers of up to a MiB or two, hundreds of times a second. By default glibc gives each back to
-the kernel, and touching the next one costs a page fault per 4 KiB: on a virtual machine more than hashing the data.
+A tap and a VDSA take and let go of buffers of up to a MiB or two, hundreds of times a second. By default glibc gives
+each back to the kernel, and touching the next one costs a page fault per 4 KiB: on a virtual machine more than hashing
+the data.
 """
 
 from __future__ import annotations
