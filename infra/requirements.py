@@ -31,6 +31,7 @@ REQUIREMENTS: Final = {
     "R11": "isolation of enterprises; encryption; mutual authentication",
     "R12": "four architectures",
     "R13": "jurisdiction",
+    "R14": "recovery tests at many points in time",
     "R14.1": "any number of arbitrary times",
     "R14.2": "a stack per time, in parallel",
     "R14.3": "a read returns the disk's data at that time",
