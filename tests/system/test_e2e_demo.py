@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 
 def test_the_demonstration(tmp_socket_dir: Path) -> None:
-    """R14: eight stacks at arbitrary times give right images and verdicts; the last clean time is found."""
+    """R14.1, R14.2, R14.3: stacks at arbitrary times give right images and verdicts; the last clean time is found."""
     report = tmp_socket_dir / "report.json"
     place = tmp_socket_dir / "t"
     place.mkdir()
