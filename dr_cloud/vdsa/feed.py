@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from dr_cloud.model.blocks import BLOCK_SHIFT, blocks_of
@@ -33,6 +34,13 @@ class Record(NamedTuple):
 
 
 _EMPTY: Final = memoryview(b"")
+
+
+def _new_buffer() -> memoryview:
+    """Return a buffer that was not filled with zeroes first, as a bytearray is: the kernel fills it."""
+    return memoryview(np.empty(BUFFER_BYTES, np.uint8))
+
+
 _make_record = Record._make
 
 
@@ -46,7 +54,7 @@ class FeedParser:
     def __init__(self) -> None:
         self.hello: wire.Hello | None = None
         self._blocks: dict[int, int] = {}
-        self._view = memoryview(bytearray(BUFFER_BYTES))
+        self._view = _new_buffer()
         self._start = 0
         self._end = 0
         self._sequence = 0
@@ -127,6 +135,6 @@ class FeedParser:
             need = max(need, wire.HEAD_BYTES + min(body, BUFFER_BYTES // 2) - rest)
         if BUFFER_BYTES - self._end >= need:
             return
-        fresh = memoryview(bytearray(BUFFER_BYTES))
+        fresh = _new_buffer()
         fresh[:rest] = self._view[self._start : self._end]
         self._view, self._start, self._end = fresh, 0, rest
