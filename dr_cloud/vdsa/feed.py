@@ -38,7 +38,7 @@ _EMPTY: Final = memoryview(b"")
 
 def _new_buffer() -> memoryview:
     """Return a buffer that was not filled with zeroes first, as a bytearray is: the kernel fills it."""
-    return memoryview(np.empty(BUFFER_BYTES, np.uint8))
+    return np.empty(BUFFER_BYTES, np.uint8).data
 
 
 _make_record = Record._make
