@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+from bench.chain import memory_directory
 from bench.history import History
 from dr_cloud.actors.provider import LocalProvider, RunningStack
 from dr_cloud.actors.stack import StackPool
@@ -91,7 +92,7 @@ def uri_of(stack: RunningStack) -> str:
 @contextlib.contextmanager
 def running() -> Iterator[Provider]:
     """Start a provider, and stop it with every file of it removed."""
-    directory = Path(tempfile.mkdtemp(prefix="drc-bench-"))
+    directory = Path(tempfile.mkdtemp(prefix="drc-bench-", dir=memory_directory()))
     world = Demonstration(directory, STACKS)
     try:
         world.start_provider()

@@ -23,7 +23,7 @@ TAP, TAP_CHAIN, TAP_ALONE = "tap", "tap with the whole chain", "tap without a VD
 
 def measure(rounds: int) -> Figures:
     """Return the figures."""
-    with chain.folder() as directory, contextlib.ExitStack() as running:
+    with chain.folder(in_memory=True) as directory, contextlib.ExitStack() as running:
         disk = directory / "disk.raw"
         with open(disk, "wb") as file:
             file.truncate(DISK_BYTES)

@@ -93,6 +93,7 @@ class LocalProvider:
         self._own_ray = not ray.is_initialized()
         if self._own_ray:
             ray.init(
+                address="local",
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

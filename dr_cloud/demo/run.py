@@ -31,7 +31,7 @@ from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.demo.probe import Finding, probe, warm
 from dr_cloud.demo.site import SCOPE, Demonstration
 from dr_cloud.demo.workload import fill
-from dr_cloud.model.units import SECOND_NS, format_size, format_time
+from dr_cloud.model.units import format_size, format_time
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.recovery.search import CleanSearch
 from dr_cloud.stack.stack import StackStatistics
@@ -185,12 +185,13 @@ def _run(run: DemoRun, console: Console, report: Path | None) -> bool:
         world.start_site()
         world.wait_until(lambda: world.newest_ns() > 0, "the first checkpoint")
     with run.phase("workload", f"{RUN_SECONDS:g} s of commits; corrupted at a moment that only the workload knows"):
-        started_ns = time.time_ns()
         workload = world.start_workload(CORRUPT_FROM_SECONDS, CORRUPT_TO_SECONDS)
+        workload.wait_ready()
+        started_ns = time.time_ns()
         time.sleep(RUN_SECONDS)
         until_ns = time.time_ns()
         world.wait_until(lambda: world.newest_ns() > until_ns, "a checkpoint after the last of it")
-    span = (started_ns + 2 * SECOND_NS, until_ns)
+    span = (started_ns, until_ns)
     times = sorted([*(random.randrange(*span) for _ in range(run.parallel - 2)), span[0], span[1]])
     with run.phase("stacks", f"{len(times)} stacks in parallel, at arbitrary times, while the database goes on"):
         tested = run.test(times, compare_blocks=True)

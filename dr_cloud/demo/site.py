@@ -155,6 +155,8 @@ class Demonstration:
 def _cache_dir(directory: Path) -> Path:
     """Return a folder for the object cache: in shared memory where there is room, else beside the rest."""
     shared = Path("/dev/shm")
+    if directory.is_relative_to(shared):
+        return directory / "cache"
     if shared.is_dir() and os.access(shared, os.W_OK) and os.statvfs(shared).f_bavail * 4096 > 1 << 30:
         return shared / directory.name
     return directory / "cache"

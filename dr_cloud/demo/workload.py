@@ -1,8 +1,9 @@
 """The production machine of the demonstration, a process of its own: a database that commits rows all the time.
 
-Run as `python -m dr_cloud.demo.workload URI DIRECTORY --from-seconds A --to-seconds B`. It stops on SIGTERM. At a
-moment that it draws at random between A and B, and tells nobody, it overwrites pages of old rows with noise, as
-a ransomware or a failing controller would; the database does not notice. It writes to DIRECTORY:
+Run as `python -m dr_cloud.demo.workload URI DIRECTORY --from-seconds A --to-seconds B`. It prints one line when it
+begins and stops on SIGTERM. At a moment that it draws at random, A to B after that, and tells nobody, it overwrites
+pages of old rows with noise, as a ransomware or a failing controller would; the database does not notice. It writes to
+DIRECTORY:
 
     commits    per committed row: u64 number, u64 time before the commit, u64 time after it
     versions   per block written: `dr_cloud.demo.disks.VERSION_DTYPE`
@@ -72,7 +73,6 @@ def main(uri: str, directory: Path, from_seconds: float = 4.0, to_seconds: float
     """Commit rows until SIGTERM; corrupt old ones at a moment drawn between the two times."""
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    moment = time.monotonic() + random.SystemRandom().uniform(from_seconds, to_seconds)
     with (
         open(directory / "versions", "wb", buffering=0) as versions,
         open(directory / "commits", "wb", buffering=0) as commits,
@@ -85,6 +85,8 @@ def main(uri: str, directory: Path, from_seconds: float = 4.0, to_seconds: float
         (number,) = database.execute("select max(number) from orders").fetchone() or (0,)
         (pages,) = database.execute("pragma page_count").fetchone() or (0,)
         corrupted = False
+        print("committing", flush=True)
+        moment = time.monotonic() + random.SystemRandom().uniform(from_seconds, to_seconds)
         while not stop:
             number += 1
             begun_ns = time.time_ns()

@@ -106,7 +106,8 @@ class Taps(_Message):
 class CheckpointItem(_Message):
     """Item: every write with time ≤ `time_ns` came in an item before this one; cut the journal there.
 
-    `cuts` gives, for each tap whose image is whole, the last sequence with a time ≤ `time_ns`.
+    `cuts` gives, for each tap whose image is whole, a sequence up to which all its writes have a time ≤ `time_ns`. It
+    may lag behind the last such write; what it leaves out stays marked at the tap until the next checkpoint.
     """
 
     type: Literal["checkpoint"] = "checkpoint"
