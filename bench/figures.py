@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -13,6 +14,10 @@ from typing import Final, Literal, NamedTuple
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+
+SETTLE_SECONDS: Final = 0.25
+SETTLE_SECONDS_MAX: Final = 10.0
+SETTLED_IDLE: Final = 0.85
 
 Runs = dict[str, list[float]]
 
@@ -58,8 +63,26 @@ def interleaved(contestants: Mapping[str, Callable[[], float]], rounds: int) -> 
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
+            settle()
             runs[name].append(contestants[name]())
     return runs
+
+
+def settle() -> None:
+    """Wait until the cores are idle, at most `SETTLE_SECONDS_MAX`: who ran before may have work left to do."""
+    deadline = time.monotonic() + SETTLE_SECONDS_MAX
+    while time.monotonic() < deadline:
+        idle, all_ = _processor_ticks()
+        time.sleep(SETTLE_SECONDS)
+        idle_now, all_now = _processor_ticks()
+        if idle_now - idle >= SETTLED_IDLE * (all_now - all_):
+            return
+
+
+def _processor_ticks() -> tuple[int, int]:
+    """Return the ticks that all cores were idle, and all ticks, since the machine started (proc(5))."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def beside(runs: Runs, ours: str, peer: str, unit: str, target: Target | None = None) -> Figure:
