@@ -31,6 +31,7 @@ from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.demo.probe import Finding, probe, warm
 from dr_cloud.demo.site import SCOPE, Demonstration
 from dr_cloud.demo.workload import fill
+from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.units import format_size, format_time
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.recovery.search import CleanSearch
@@ -101,8 +102,12 @@ class DemoRun:
 
     def find_last_clean(self, tested: list[Tested]) -> tuple[int, int, CleanSearch]:
         """Return the time of the last clean write, the time of the write after it, and the search."""
-        dirty_ns = min(test.at_ns for test in tested if not test.finding.passed)
-        clean_ns = max(test.at_ns for test in tested if test.finding.passed and test.at_ns < dirty_ns)
+        dirty_ns = min((test.at_ns for test in tested if not test.finding.passed), default=None)
+        if dirty_ns is None:
+            raise DrCloudError("every test passed, also the last: the corruption is not in any stack")
+        clean_ns = max((test.at_ns for test in tested if test.at_ns < dirty_ns), default=None)
+        if clean_ns is None:
+            raise DrCloudError(f"the first test failed already: {tested[0].finding.reason}")
         writes = self.world.provider.write_times(SCOPE, clean_ns, dirty_ns).tolist()
         times = [clean_ns, *writes]
         search = CleanSearch(len(times))

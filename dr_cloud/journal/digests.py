@@ -13,6 +13,7 @@ Layout: key = 16-byte digest, value = u64 little-endian loc; key `NUL meta` (5 b
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 
 from dr_cloud.model.journal import Checkpoint
 from dr_cloud.seal.keys import DIGEST_BYTES
+
+_log = logging.getLogger(__name__)
 
 _META: Final = b"\0meta"
 _MAP_BYTES: Final = 64 << 30
@@ -98,9 +101,11 @@ class DigestIndex:
             with self._env.begin(write=True) as txn:
                 txn.cursor().putmulti(pairs, overwrite=False)
                 txn.put(_META, meta)
-        except lmdb.MapFullError:
-            with self._env.begin(write=True) as txn:
-                txn.put(_META, meta)
+        except lmdb.Error as error:
+            # Its bounds or its disk are full. The checkpoint is durable all the same; these blocks stay unknown, and
+            # what is known still follows the checkpoint before.
+            _log.warning("digests of checkpoint %d are left out: %s", checkpoint.number, error)
+            return
         self._last = checkpoint
 
     def close(self) -> None:

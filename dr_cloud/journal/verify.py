@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dr_cloud.journal.checkpoint import CLAIM_MAGIC, read_checkpoint
-from dr_cloud.journal.checkpoint import VERSION as CLAIM_VERSION
+from dr_cloud.journal import checkpoint, keyframe, objects
+from dr_cloud.journal.checkpoint import read_checkpoint
 from dr_cloud.journal.envelope import Opened
 from dr_cloud.journal.frame import open_frame
 from dr_cloud.journal.keyframe import open_keyframe, read_keyframe, read_region
-from dr_cloud.journal.objects import MAGIC, VERSION, read_groups, read_index, read_rows
+from dr_cloud.journal.objects import read_groups, read_index, read_rows
 from dr_cloud.model.errors import DamagedError
 from dr_cloud.seal.keys import VpgKeys
 from dr_cloud.store import layout
@@ -19,9 +19,9 @@ def verify_object(store: Store, keys: VpgKeys, key: str) -> None:
     scope = keys.scope
     if key.startswith(layout.checkpoint_prefix(scope)):
         read_checkpoint(store, keys, layout.parse_checkpoint_key(key))
-        _whole(store, key, keys, b"DRCC", CLAIM_VERSION)
+        _whole(store, key, keys, checkpoint.MAGIC, checkpoint.VERSION)
     elif key.startswith(layout.writer_prefix(scope)):
-        _whole(store, key, keys, CLAIM_MAGIC, CLAIM_VERSION).section(0)
+        _whole(store, key, keys, checkpoint.CLAIM_MAGIC, checkpoint.VERSION).section(0)
     elif key.startswith(layout.keyframe_prefix(scope)):
         _verify_keyframe(store, keys, key)
     elif key.startswith(layout.journal_prefix(scope)):
@@ -39,11 +39,11 @@ def _whole(store: Store, key: str, keys: VpgKeys, magic: bytes, version: int) ->
 
 def _verify_keyframe(store: Store, keys: VpgKeys, key: str) -> None:
     number, generation = layout.parse_keyframe_key(key)
-    _whole(store, key, keys, b"DRCK", 1)
+    _whole(store, key, keys, keyframe.MAGIC, keyframe.VERSION)
     opened = open_keyframe(store, keys, number, generation)
-    keyframe = read_keyframe(store, keys, number, generation, page=True)
+    whole = read_keyframe(store, keys, number, generation, page=True)
     covered = 0
-    for region, home in keyframe.homes.items():
+    for region, home in whole.homes.items():
         if (home.number, home.generation) == (number, generation):
             read_region(opened, region, home)
             covered += home.length
@@ -52,7 +52,7 @@ def _verify_keyframe(store: Store, keys: VpgKeys, key: str) -> None:
 
 
 def _verify_journal(store: Store, keys: VpgKeys, key: str) -> None:
-    opened = _whole(store, key, keys, MAGIC, VERSION)
+    opened = _whole(store, key, keys, objects.MAGIC, objects.VERSION)
     index = read_index(store, keys, key)
     read_rows(store, keys, key)
     for group in range(len(index.length)):

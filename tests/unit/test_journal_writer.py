@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 
@@ -220,6 +221,26 @@ def test_dedup_knows_durable_blocks_only(tmp_path: Path) -> None:
     elsewhere = open_writer(other, tmp_path)
     assert elsewhere.known(digest).tolist() == [0], "an index of another journal is dropped"
     elsewhere.close()
+
+
+def test_an_index_that_cannot_be_written_costs_space_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 2: a full disk under the digest index stops no checkpoint."""
+    store = open_store("memory:")
+    writer, feeder = open_writer(store, tmp_path), Feeder()
+
+    class Full:
+        def begin(self, **_: object) -> None:
+            raise lmdb.DiskError("full")
+
+    assert writer._index is not None
+    env = writer._index._env
+    for value in (1, 2):
+        monkeypatch.setattr(writer._index, "_env", Full() if value == 1 else env)
+        writer.append(feeder.frame({value: content(value)}), [TAP])
+        writer.commit(writer.cut(feeder.time_ns, "auto", {TAP: value}, exact=True))
+    assert writer.cuts == {TAP: 2}
+    assert writer.known(KEYS.digest(content(1)) + KEYS.digest(content(2))).tolist() == [0, 2 << 32]
+    writer.close()
 
 
 def test_a_late_entry_changes_no_image_that_could_be_seen() -> None:
