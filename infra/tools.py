@@ -19,7 +19,9 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 BIN: Final = ROOT / ".tools" / "bin"
-SEARCH_PATH: Final = os.pathsep.join([str(BIN), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+POSTGRESQL: Final = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")))
+"""Where Debian keeps the server's programs: not on the PATH."""
+SEARCH_PATH: Final = os.pathsep.join([str(BIN), os.environ.get("PATH", ""), "/usr/sbin", "/sbin", *POSTGRESQL])
 PACKAGES: Final = {
     "nbdkit": "nbdkit",
     "nbdinfo": "libnbd-bin",
@@ -36,6 +38,10 @@ PACKAGES: Final = {
     "mount": "mount",
     "unshare": "util-linux",
     "git": "git",
+    "postgres": "postgresql",
+    "ip": "iproute2",
+    "nft": "nftables",
+    "tinyproxy": "tinyproxy-bin",
 }
 """The Debian package of each program."""
 VERSITYGW: Final = "github.com/versity/versitygw/cmd/versitygw"

@@ -1,0 +1,1 @@
+"""The REST API: HTTP in front of the manager. No Ray."""

@@ -1,0 +1,174 @@
+"""What a provider is made of, as its configuration tells it: data centers, hosts, datastores; and its enterprises.
+
+`infra/local.yaml` is a `ProviderConfig`; each file in `tenants/` is an `EnterpriseConfig`. Both are data that people
+write, so every record refuses what it does not know, and says where.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.ids import check_name
+
+
+def _checked(name: str) -> str:
+    try:
+        return check_name(name, "a")
+    except DrCloudError as error:
+        raise ValueError(f"{error}. {error.remedy}") from None
+
+
+Name = Annotated[str, AfterValidator(_checked)]
+"""A name that may be a part of an object key (`dr_cloud.model.ids`)."""
+Jurisdiction = Annotated[str, Field(pattern=r"^[A-Z]{2,8}(-[A-Z0-9]{1,8})*$")]
+"""A code such as USA, UK, APAC, EU-DE."""
+
+
+class Architecture(StrEnum):
+    """How control and data paths are divided among enterprises (R12)."""
+
+    MANAGER_PER_ENTERPRISE = "manager-per-enterprise"
+    """A manager per enterprise, a VDSA per host."""
+    VDSA_PER_ENTERPRISE = "vdsa-per-enterprise"
+    """A manager per enterprise, a VDSA per enterprise and host."""
+    CLOUD_CONNECTOR = "cloud-connector"
+    """One manager, a VDSA per host, a connector per enterprise in the cloud."""
+    PAIRED_CONNECTORS = "paired-connectors"
+    """As before, with a second connector on the enterprise's side: works through NAT."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatastoreConfig(_Config):
+    """A place of storage: where replicas and journals of VPGs that chose it lie."""
+
+    name: Name
+    store: str
+    """URL of its object store: file:///directory or s3://bucket/prefix."""
+
+
+class PoolConfig(_Config):
+    """Datastores under one name, for tenants who are not to see which one is used."""
+
+    name: Name
+    datastores: list[Name] = Field(min_length=1)
+
+
+class HostConfig(_Config):
+    """One hypervisor."""
+
+    name: Name
+    datastores: list[Name] = Field(min_length=1)
+    """Those it reaches."""
+    address: str = "127.0.0.1"
+
+
+class ClusterConfig(_Config):
+    """Hosts under one name, for tenants who are not to see which one is used."""
+
+    name: Name
+    hosts: list[Name] = Field(min_length=1)
+
+
+class DataCenterConfig(_Config):
+    """One of the provider's sites. It lies in one jurisdiction."""
+
+    name: Name
+    jurisdiction: Jurisdiction
+    location: str = ""
+    contact: str = ""
+    datastores: list[DatastoreConfig] = Field(min_length=1)
+    pools: list[PoolConfig] = []
+    hosts: list[HostConfig] = Field(min_length=1)
+    clusters: list[ClusterConfig] = []
+
+    @model_validator(mode="after")
+    def _refers_to_itself(self) -> DataCenterConfig:
+        stores = {datastore.name for datastore in self.datastores}
+        hosts = {host.name for host in self.hosts}
+        holders = [(holder.name, holder.datastores, stores) for holder in (*self.pools, *self.hosts)]
+        holders += [(cluster.name, cluster.hosts, hosts) for cluster in self.clusters]
+        for name, parts, known in holders:
+            if missing := set(parts) - known:
+                raise ValueError(f"{name} of {self.name} names {min(missing)}, which is not listed")
+        places = [store.name for store in self.datastores] + [pool.name for pool in self.pools]
+        machines = [host.name for host in self.hosts] + [cluster.name for cluster in self.clusters]
+        for kind, names in (("datastore or pool", places), ("host or cluster", machines)):
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"{self.name} has {kind} {min(twice)} twice")
+        return self
+
+
+class ProviderConfig(_Config):
+    """A whole provider. Paths may be relative: they then count from the configuration's own folder."""
+
+    name: Name = "provider"
+    architecture: Architecture = Architecture.PAIRED_CONNECTORS
+    state: Path = Path("state")
+    """Folder of the provider's own files: database, keyring, certificates, sockets, caches."""
+    database: str = ""
+    """SQLAlchemy URL; empty means SQLite in `state`."""
+    api: str = "127.0.0.1:8440"
+    """HOST:PORT of the REST API (TLS). Port 0 takes any free one."""
+    link_host: str = "127.0.0.1"
+    """Where connectors listen; each enterprise's has a port of its own."""
+    link_ports: tuple[int, int] = (8500, 8999)
+    """First and last port of connectors; (0, 0) takes any free ones."""
+    ray: str = "local"
+    """`local` starts Ray here; else the address of a running cluster."""
+    idle_stacks: int = Field(default=2, ge=0)
+    """Stack actors kept ready in each data center."""
+    tenants: Path | None = None
+    """Folder of `EnterpriseConfig` files that are registered at the start."""
+    data_centers: list[DataCenterConfig] = Field(min_length=1)
+
+    def data_center(self, name: str) -> DataCenterConfig | None:
+        """Return the data center of that name, if there is one."""
+        return next((center for center in self.data_centers if center.name == name), None)
+
+
+class SiteConfig(_Config):
+    """One site of an enterprise, as the provider registers it."""
+
+    name: Name
+    jurisdiction: Jurisdiction
+    location: str = ""
+    contact: str = ""
+
+
+class EnterpriseConfig(_Config):
+    """A tenant, as the provider registers it."""
+
+    name: Name
+    title: str = ""
+    owner: str = ""
+    """Who owns it: enterprises of one owner are as far apart as any others."""
+    jurisdiction: Jurisdiction
+    sites: list[SiteConfig] = Field(min_length=1)
+
+
+_C = TypeVar("_C", bound=BaseModel)
+
+
+def load_yaml(path: Path, kind: type[_C]) -> _C:
+    """Read a configuration file. Raises `DrCloudError` that names the file and the field."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise DrCloudError(f"{path} cannot be read: {error.strerror}", "Name an existing file.") from error
+    except yaml.YAMLError as error:
+        raise DrCloudError(f"{path} is no YAML: {error}", "Correct it at the line told.") from error
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise DrCloudError(f"{path}: {where}: {first['msg']}", "Correct that field.") from None

@@ -1,0 +1,1 @@
+"""On the enterprise's side: the site process, and what it keeps on its disk."""
