@@ -94,8 +94,11 @@ class DataCenterConfig(_Config):
     def _refers_to_itself(self) -> DataCenterConfig:
         stores = {datastore.name for datastore in self.datastores}
         hosts = {host.name for host in self.hosts}
-        holders = [(holder.name, holder.datastores, stores) for holder in (*self.pools, *self.hosts)]
-        holders += [(cluster.name, cluster.hosts, hosts) for cluster in self.clusters]
+        holders: list[tuple[str, list[str], set[str]]] = [
+            *((pool.name, pool.datastores, stores) for pool in self.pools),
+            *((host.name, host.datastores, stores) for host in self.hosts),
+            *((cluster.name, cluster.hosts, hosts) for cluster in self.clusters),
+        ]
         for name, parts, known in holders:
             if missing := set(parts) - known:
                 raise ValueError(f"{name} of {self.name} names {min(missing)}, which is not listed")
