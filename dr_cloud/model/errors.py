@@ -32,3 +32,27 @@ class FencedError(DrCloudError):
 
 class ProtocolError(DrCloudError):
     """A peer broke the protocol; the connection to it is closed."""
+
+
+class UnauthenticatedError(DrCloudError):
+    """The caller has not proven who it is: no token, a wrong, an expired or a revoked one."""
+
+
+class ForbiddenError(DrCloudError):
+    """The caller's role does not allow this, or policy denies it."""
+
+
+class NotFoundError(DrCloudError):
+    """There is no such thing for this caller: it is missing, or it is another's. The two are never told apart."""
+
+
+class ConflictError(DrCloudError):
+    """It is at odds with what is: the name is taken, or the thing's status does not allow it now."""
+
+
+class LimitError(DrCloudError):
+    """Too many or too much at once; later it may be possible."""
+
+
+class UnavailableError(DrCloudError):
+    """A part outside (a site, a VDSA, a node) does not answer now; the same call may be made again."""

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dr_cloud.model.blocks import DISK_INDEX_MAX
-from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.errors import ConflictError
 from dr_cloud.model.provider import Jurisdiction, Name
 
 Order = Literal["barrier", "commit-wait"]
@@ -165,11 +165,11 @@ RECOVERED: Final = frozenset(
 
 
 def next_status(status: VpgStatus, event: VpgEvent) -> VpgStatus:
-    """Return the status after `event`. Raises `DrCloudError` if the group must not do that now."""
+    """Return the status after `event`. Raises `ConflictError` if the group must not do that now."""
     following = TRANSITIONS.get((status, event))
     if following is None:
         allowed = sorted(before.value for before, what in TRANSITIONS if what is event)
-        raise DrCloudError(
+        raise ConflictError(
             f"the group is {status.value}: {event.value} is not possible now",
             f"It is possible when it is {' or '.join(allowed)}.",
         )
