@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, Disk
+from dr_cloud.model.provider import Architecture
 from dr_cloud.model.vpg import Order
 
 
@@ -67,6 +68,8 @@ class SiteOrders(_Record):
     targets: list[TargetOrders] = []
     throttle: Throttle = Throttle()
     """Of the link as a whole."""
+    architecture: Architecture = Architecture.PAIRED_CONNECTORS
+    """Says how the site dials: one connection for all where connectors are paired, else one for each stream."""
 
 
 class SeenServer(_Record):
@@ -133,3 +136,26 @@ class SiteReport(_Record):
     hosts: list[HostReport] = []
     sources: list[SourceReport] = []
     targets: list[TargetReport] = []
+    problems: list[str] = []
+    """Orders that could not be followed and belong to no report above."""
+
+
+class LogRequest(_Record):
+    """Parameters of the rpc `logs`. The archive comes in a channel of purpose `logs` with the argument `id`."""
+
+    id: str = Field(pattern=r"^[0-9a-zA-Z-]{1,64}$")
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below it are left out."""
+    since_ns: int = 0
+    until_ns: int = 1 << 62
+    vdsa: bool = True
+    """With the state of every VPG, tap and target."""
+    core: bool = False
+    """With the state of the process: threads, tasks, memory, files."""
+
+
+class LogAnswer(_Record):
+    """Result of the rpc `logs`: what the channel carried."""
+
+    size_bytes: int
+    sha256: str

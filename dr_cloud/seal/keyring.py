@@ -46,14 +46,38 @@ class Keyring:
 
     def create(self, enterprise: str) -> None:
         """Make a key for `enterprise` unless it has one."""
+        self._put(enterprise, secrets.token_hex(KEY_BYTES))
+
+    def put(self, enterprise: str, key: bytes) -> None:
+        """Keep a key that another keyring made. Raises `DrCloudError` if there is a different one."""
+        if len(key) != KEY_BYTES:
+            raise DrCloudError(f"a key of {len(key)} bytes is none", f"An enterprise's key has {KEY_BYTES} bytes.")
+        if not secrets.compare_digest(self._put(enterprise, key.hex()), key.hex()):
+            raise DrCloudError(
+                f"keyring {self.path} has another key of enterprise {enterprise!r}",
+                "Use a new keyring: what the other key sealed cannot be read with this one.",
+            )
+
+    def key(self, enterprise: str) -> bytes:
+        """Return the key of `enterprise`, to be given to its own site. Raises `DrCloudError` if there is none."""
+        key = self._load().get(enterprise)
+        if key is None:
+            raise DrCloudError(
+                f"keyring {self.path} has no key of enterprise {enterprise!r}",
+                "Copy the enterprise's key here, or create one if the enterprise is new.",
+            )
+        return bytes.fromhex(key)
+
+    def _put(self, enterprise: str, key: str) -> str:
+        """Keep `key` unless there is one; return the one that is kept."""
         check_name(enterprise, "enterprise")
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             keys = self._load()
             if enterprise in keys:
-                return
-            keys[enterprise] = secrets.token_hex(KEY_BYTES)
+                return keys[enterprise]
+            keys[enterprise] = key
             fresh = self.path.with_suffix(".new")
             fresh.unlink(missing_ok=True)
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -67,13 +91,8 @@ class Keyring:
                 os.fsync(directory)
             finally:
                 os.close(directory)
+            return key
 
     def vpg_keys(self, scope: Scope) -> VpgKeys:
         """Return the keys of `scope`; `DrCloudError` if its enterprise has no key here."""
-        key = self._load().get(scope.enterprise)
-        if key is None:
-            raise DrCloudError(
-                f"keyring {self.path} has no key of enterprise {scope.enterprise!r}",
-                "Copy the enterprise's key here, or create one if the enterprise is new.",
-            )
-        return VpgKeys(bytes.fromhex(key), scope)
+        return VpgKeys(self.key(scope.enterprise), scope)
