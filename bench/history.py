@@ -61,7 +61,7 @@ class History:
                 data.append(held[at : at + BLOCK_SIZE])
             digests = b"".join(self.keys.digest(block) for block in data)
             self._number += 1
-            frame = seal_frame(self.keys, self._stream, self._number, columns, data, digests)
+            frame = b"".join(seal_frame(self.keys, self._stream, self._number, columns, data, digests))
             self._writer.append(frame, [TAP])
             self._sequence += count
             self.time_ns += count * STEP_NS

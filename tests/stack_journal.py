@@ -83,7 +83,9 @@ class History:
             self._number += 1
             digests = b"".join(KEYS.digest(data) for data in self._blocks)
             columns = np.array(self._columns, COLUMN_DTYPE)
-            self.writer.append(seal_frame(KEYS, self._stream, self._number, columns, self._blocks, digests), [TAP])
+            self.writer.append(
+                b"".join(seal_frame(KEYS, self._stream, self._number, columns, self._blocks, digests)), [TAP]
+            )
             self._columns, self._blocks = [], []
 
 

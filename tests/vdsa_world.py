@@ -265,7 +265,8 @@ class World:
                 assert isinstance(control, Taps | CheckpointItem)
                 ready = self.target.receive(control)
             else:
-                kind, number, body = decode_data(message)
+                whole = message if isinstance(message, bytes) else b"".join(message)
+                kind, number, body = decode_data(whole)
                 if kind != FRAME:
                     assert self.writer is not None
                     locs = self.writer.known(bytes(body))

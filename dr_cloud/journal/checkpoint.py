@@ -16,6 +16,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from dr_cloud.journal.envelope import Opened, Sealer, pack_json, unpack_json
+from dr_cloud.journal.frame import Buffer
 from dr_cloud.model.errors import DamagedError
 from dr_cloud.model.journal import Checkpoint
 from dr_cloud.seal.keys import VpgKeys
@@ -27,7 +28,7 @@ CLAIM_MAGIC: Final = b"DRCW"
 VERSION: Final = 1
 
 
-def seal_checkpoint(keys: VpgKeys, checkpoint: Checkpoint) -> tuple[str, bytes]:
+def seal_checkpoint(keys: VpgKeys, checkpoint: Checkpoint) -> tuple[str, list[Buffer]]:
     """Return (key in the store, bytes) of a checkpoint."""
     key = layout.checkpoint_key(keys.scope, checkpoint.number)
     return key, Sealer(keys, key, MAGIC, VERSION).finish([pack_json(checkpoint.model_dump())], [])
@@ -45,7 +46,7 @@ def read_checkpoint(store: Store, keys: VpgKeys, number: int) -> Checkpoint:
     return checkpoint
 
 
-def seal_claim(keys: VpgKeys, generation: int, now_ns: int) -> tuple[str, bytes]:
+def seal_claim(keys: VpgKeys, generation: int, now_ns: int) -> tuple[str, list[Buffer]]:
     """Return (key in the store, bytes) of a writer's claim of `generation`."""
     key = layout.writer_key(keys.scope, generation)
     claim = {"generation": generation, "created_ns": now_ns, "host": socket.gethostname(), "pid": os.getpid()}

@@ -63,15 +63,15 @@ class Sealer:
         """Seal part `number` of the body; `place` is authenticated with it."""
         return self._cipher.encrypt(_nonce(16 + number), data, place)
 
-    def finish(self, sections: Sequence[bytes], body: Sequence[Buffer]) -> bytes:
-        """Return the whole object."""
+    def finish(self, sections: Sequence[bytes], body: Sequence[Buffer]) -> list[Buffer]:
+        """Return the whole object, in parts."""
         lengths = [len(section) + TAG_BYTES for section in sections]
         body_bytes = sum(map(len, body))
         head = HEAD.pack(
             self._magic, self._version, len(sections), self._salt, lengths[0], sum(lengths[1:]), body_bytes
         )
         sealed = [self._cipher.encrypt(_nonce(i), section, head) for i, section in enumerate(sections)]
-        return b"".join((head, google_crc32c.value(head).to_bytes(4, "little"), *sealed, *body))
+        return [head + google_crc32c.value(head).to_bytes(4, "little"), *sealed, *body]
 
 
 class Opened:

@@ -147,8 +147,8 @@ def group_sizes(block_count: int) -> list[int]:
 
 def seal_frame(
     keys: VpgKeys, stream: bytes, number: int, columns: Columns, blocks: Sequence[Buffer], digests: bytes
-) -> bytes:
-    """Seal one frame.
+) -> list[bytes]:
+    """Seal one frame; its parts, to be sent one after another, are returned.
 
     Args:
         keys: The scope's keys.
@@ -188,7 +188,7 @@ def seal_frame(
     )
     sealed = cipher.encrypt(_NONCE.pack(number, _COLUMNS_NONCE), section, _scope_data(keys, head))
     crc = google_crc32c.value(head).to_bytes(4, "little")
-    return b"".join((head, crc, sealed, *groups))
+    return [head + crc + sealed, *groups]
 
 
 def open_frame(keys: VpgKeys, data: Buffer, *, partial: bool = False) -> Frame:

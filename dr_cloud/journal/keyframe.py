@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from dr_cloud.journal.envelope import Opened, Sealer, pack_json, unpack_json
-from dr_cloud.journal.frame import compress, decompress
+from dr_cloud.journal.frame import Buffer, compress, decompress
 from dr_cloud.journal.replica import Locs, RegionKey
 from dr_cloud.model.blocks import REGION_BLOCKS
 from dr_cloud.model.errors import DamagedError
@@ -104,8 +104,8 @@ def seal_keyframe(
     previous: Keyframe | None,
     changed: Mapping[RegionKey, Locs],
     checkpoints: Sequence[Checkpoint],
-) -> tuple[str, bytes, Keyframe]:
-    """Return (key in the store, bytes, the keyframe as it will be read) of the map after `ref`'s checkpoint.
+) -> tuple[str, list[Buffer], Keyframe]:
+    """Return (key in the store, bytes in parts, the keyframe as it will be read) of the map after `ref`'s checkpoint.
 
     Args:
         keys: The scope's keys.
@@ -117,7 +117,7 @@ def seal_keyframe(
     key = layout.keyframe_key(keys.scope, ref.number, ref.generation)
     sealer = Sealer(keys, key, MAGIC, VERSION)
     homes = dict(previous.homes) if previous else {}
-    body = []
+    body: list[Buffer] = []
     offset = 0
     for part, region in enumerate(sorted(changed)):
         sealed = sealer.part(part, _pack_region(changed[region]), _place(region))

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dr_cloud.journal.envelope import Opened, Sealer
-from dr_cloud.journal.frame import Frame, group_sizes, open_group, pack_fields, unpack_fields
+from dr_cloud.journal.frame import Buffer, Frame, group_sizes, open_group, pack_fields, unpack_fields
 from dr_cloud.model.blocks import BLOCK_SIZE, GROUP_BLOCKS
 from dr_cloud.model.errors import DamagedError
 from dr_cloud.seal.keys import VpgKeys
@@ -58,8 +58,8 @@ _FRAME_DTYPE: Final = np.dtype(
 Rows = NDArray[Any]
 
 
-def seal_object(keys: VpgKeys, key: str, frames: Sequence[Frame], rows: Rows) -> bytes:
-    """Return the journal object of `frames` and `rows`, to be stored at `key`."""
+def seal_object(keys: VpgKeys, key: str, frames: Sequence[Frame], rows: Rows) -> list[Buffer]:
+    """Return, in parts, the journal object of `frames` and `rows`, to be stored at `key`."""
     table = np.zeros(len(frames), _FRAME_DTYPE)
     offset = 0
     for entry, frame in zip(table, frames, strict=True):

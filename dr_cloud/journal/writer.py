@@ -75,7 +75,7 @@ class Cut:
 
     checkpoint: Checkpoint
     object_key: str = ""
-    object_bytes: Buffer = b""
+    object_parts: list[Buffer] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     first_locs: list[int] = field(default_factory=list)
     changed: dict[RegionKey, Locs] | None = None
@@ -295,11 +295,11 @@ class JournalWriter:
         self._waiting_entries = len(rest)
         has_object = bool(self._frames) or len(rows) > 0
         key = layout.journal_key(self.scope, self.generation, self._object_number) if has_object else ""
-        data = seal_object(self._keys, key, self._frames, rows) if has_object else b""
+        data = seal_object(self._keys, key, self._frames, rows) if has_object else []
         ref = ObjectRef(
             number=self._object_number,
             generation=self.generation,
-            size_bytes=len(data),
+            size_bytes=sum(map(len, data)),
             blocks=self._blocks,
             rows=len(rows),
         )
@@ -346,9 +346,9 @@ class JournalWriter:
         """
         if cut.object_key:
             try:
-                self._store.put_new(cut.object_key, cut.object_bytes)
+                self._store.put_new(cut.object_key, cut.object_parts)
             except ObjectExistsError:
-                if self._store.get(cut.object_key) != cut.object_bytes:
+                if self._store.get(cut.object_key) != b"".join(cut.object_parts):
                     raise DamagedError(f"object {cut.object_key} is there, with other bytes than ours") from None
         checkpoint = cut.checkpoint
         try:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 from dr_cloud.store.errors import StoreUnavailableError
-from dr_cloud.store.store import Data, Store
+from dr_cloud.store.store import Data, Store, parts_of
 
 Verb = Literal["put", "get", "size", "delete", "list"]
 _T = TypeVar("_T")
@@ -175,7 +175,7 @@ class CountingStore(_Wrapper):
         """See `Store.put_new`."""
         super().put_new(key, data)
         with self._lock:
-            self.bytes["put"] += len(data)
+            self.bytes["put"] += sum(map(len, parts_of(data)))
 
     def reset(self) -> None:
         """Count from zero again."""

@@ -28,10 +28,12 @@ from typing import Final
 
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.store.errors import ObjectExistsError, ObjectMissingError, StoreUnavailableError
-from dr_cloud.store.store import Data, check_key, check_prefix, check_range
+from dr_cloud.store.store import Data, check_key, check_prefix, check_range, parts_of
 
 PARTIAL: Final = ".partial"
 PARTIAL_AGE_SECONDS_MAX: Final = 3600.0
+_PARTS_MAX: Final = 1024
+"""As many as one `writev` takes."""
 _TEMPORARY: Final = frozenset({errno.EINTR, errno.EAGAIN, errno.ENOENT, errno.EIO, errno.ETIMEDOUT, errno.ESTALE})
 
 
@@ -161,10 +163,9 @@ class LocalObjectStore:
     def _write(self, path: str, data: Data) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            rest = memoryview(data).cast("B")
-            size = len(rest)
-            while rest:
-                rest = rest[os.write(fd, rest) :]
+            rest = [memoryview(part).cast("B") for part in parts_of(data)]
+            size = sum(map(len, rest))
+            _write_all(fd, rest)
             os.fsync(fd)
             if os.fstat(fd).st_size != size:
                 raise OSError(errno.EIO, "the file has another size than was written")
@@ -198,6 +199,17 @@ class LocalObjectStore:
                     file.unlink()
             except FileNotFoundError:
                 continue
+
+
+def _write_all(fd: int, parts: builtins.list[memoryview]) -> None:
+    first = 0
+    while first < len(parts):
+        written = os.writev(fd, parts[first : first + _PARTS_MAX])
+        while first < len(parts) and written >= len(parts[first]):
+            written -= len(parts[first])
+            first += 1
+        if written:
+            parts[first] = parts[first][written:]
 
 
 def _flush_folder(folder: str) -> None:

@@ -27,7 +27,7 @@ from obstore.store import MemoryStore, S3Store
 
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.store.errors import ObjectExistsError, ObjectMissingError, StoreUnavailableError
-from dr_cloud.store.store import Data, check_key, check_prefix, check_range
+from dr_cloud.store.store import Data, check_key, check_prefix, check_range, parts_of
 
 _TEMPORARY_STATUS: Final = frozenset({408, 409, 425, 429})
 _DENIED_CODES: Final = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "XAdminUserNotFound"})
@@ -51,8 +51,10 @@ class ObstoreStore:
     def put_new(self, key: str, data: Data) -> None:
         """See `Store.put_new`."""
         check_key(key)
+        parts = parts_of(data)
+        whole = parts[0] if len(parts) == 1 else b"".join(parts)
         try:
-            obstore.put(self._inner, key, data, mode="create", use_multipart=False)
+            obstore.put(self._inner, key, whole, mode="create", use_multipart=False)
         except exceptions.AlreadyExistsError as error:
             if not self._can_be_seen(key):
                 raise StoreUnavailableError(f"{self.name}: {key} is being written by another") from error

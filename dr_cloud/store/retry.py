@@ -18,14 +18,17 @@ from typing import Final
 import stamina
 
 from dr_cloud.store.errors import ObjectExistsError, ObjectMissingError, StoreUnavailableError
-from dr_cloud.store.store import Data, Store
+from dr_cloud.store.store import Data, Store, parts_of
 
 ATTEMPTS_MAX: Final = 6
 SECONDS_MAX: Final = 60.0
 
 
 def _digest(data: Data) -> bytes:
-    return hashlib.sha256(data).digest()
+    digest = hashlib.sha256()
+    for part in parts_of(data):
+        digest.update(part)
+    return digest.digest()
 
 
 def _is_temporary(error: Exception) -> bool:
@@ -97,6 +100,7 @@ class RetryingStore:
 
     def _holds(self, key: str, data: Data) -> bool:
         try:
-            return self._inner.size(key) == len(data) and self._inner.get(key) == data
+            parts = parts_of(data)
+            return self._inner.size(key) == sum(map(len, parts)) and self._inner.get(key) == b"".join(parts)
         except ObjectMissingError:
             return False

@@ -16,11 +16,14 @@ Threads: every method blocks and may be called from any thread at any time.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from dr_cloud.model.errors import DrCloudError
 
-Data = bytes | bytearray | memoryview
+Buffer = bytes | bytearray | memoryview
+Data = Buffer | Sequence[Buffer]
+"""An object's bytes, in one or many parts."""
 
 KEY_LENGTH_MAX: Final = 512
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -82,6 +85,11 @@ def check_prefix(prefix: str) -> str:
     """Return `prefix` without a slash at its end; `DrCloudError` if it is neither empty nor made of folders."""
     folder = prefix.removesuffix("/")
     return check_key(folder) if folder else ""
+
+
+def parts_of(data: Data) -> Sequence[Buffer]:
+    """Return an object's bytes in parts."""
+    return (data,) if isinstance(data, bytes | bytearray | memoryview) else data
 
 
 def check_range(start: int, length: int) -> None:

@@ -51,7 +51,7 @@ class Seal(NamedTuple):
 class Send(NamedTuple):
     """Send this message to the target, over any connection."""
 
-    message: str | bytes
+    message: str | bytes | list[bytes]
 
 
 class SendTap(NamedTuple):

@@ -78,7 +78,7 @@ class _Item:
 
     prepared: Prepared | None = None
     offered: bool = False
-    message: str | bytes = ""
+    message: str | list[bytes] = ""
     """Empty until it can be sent."""
     bytes_sealed: int = 0
 
@@ -282,13 +282,13 @@ class SourceCore:
             self._out.append(Seal(self.stream, number, item.prepared, locs))
         return self._finish()
 
-    def sealed(self, stream: bytes, number: int, message: bytes) -> list[Action]:
-        """A `Seal` is done. `message` is sent as it is, however often."""
+    def sealed(self, stream: bytes, number: int, message: list[bytes]) -> list[Action]:
+        """A `Seal` is done. `message` (in parts, the head first) is sent as it is, however often."""
         if stream == self.stream:
             item = self._items[number]
             item.prepared = None
             item.message = message
-            item.bytes_sealed = len(message) - HEAD_BYTES
+            item.bytes_sealed = sum(map(len, message)) - HEAD_BYTES
             self._under_way -= 1
             self.kept_bytes += item.bytes_sealed
             if number > self._cut_number:

@@ -41,7 +41,7 @@ from dr_cloud.link.messages import (
     decode_data,
     encode_control,
 )
-from dr_cloud.link.stream import MessageStream
+from dr_cloud.link.stream import Message, MessageStream
 from dr_cloud.model.errors import DrCloudError, ProtocolError
 from dr_cloud.model.ids import Scope
 from dr_cloud.seal.keys import VpgKeys
@@ -397,7 +397,7 @@ class SourceVdsa:
                 raise ConnectionResetError("the target closed the connection")
             if stream_id != self.core.stream:
                 return
-            if isinstance(message, bytes):
+            if not isinstance(message, str):
                 kind, number, body = decode_data(message)
                 if kind != KNOWN:
                     raise ProtocolError(f"a target does not send binary messages of kind {kind}")
@@ -423,10 +423,10 @@ class _Sender:
 
     def __init__(self, stream: MessageStream) -> None:
         self._stream = stream
-        self._queue: deque[str | bytes] = deque()
+        self._queue: deque[Message] = deque()
         self._ready = asyncio.Event()
 
-    def put(self, message: str | bytes) -> None:
+    def put(self, message: Message) -> None:
         """Send `message` when those before it have left."""
         self._queue.append(message)
         self._ready.set()

@@ -104,7 +104,9 @@ class Source:
             digests = b"".join(map(KEYS.digest, blocks[tap]))
             columns = np.array(made[tap], COLUMN_DTYPE)
             self.number += 1
-            self.writer.append(seal_frame(KEYS, self.stream, self.number, columns, blocks[tap], digests), TAPS)
+            self.writer.append(
+                b"".join(seal_frame(KEYS, self.stream, self.number, columns, blocks[tap], digests)), TAPS
+            )
 
     def _write(self, tap: int, columns: list[tuple[int, ...]], blocks: list[bytes]) -> None:
         rng = self.rng

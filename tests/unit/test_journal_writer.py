@@ -45,7 +45,7 @@ class Feeder:
             columns[name] = value
         self.number += 1
         digests = b"".join(self.keys.digest(content) for content in blocks.values())
-        return seal_frame(self.keys, self.stream, self.number, columns, list(blocks.values()), digests)
+        return b"".join(seal_frame(self.keys, self.stream, self.number, columns, list(blocks.values()), digests))
 
 
 def open_writer(store: Store, work_dir: Path | None = None) -> JournalWriter:

@@ -63,7 +63,7 @@ def test_objects_and_folders_are_closed_to_others(tmp_path):
     assert (tmp_path / "root" / "a").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "link"])
+@pytest.mark.parametrize("call", ["writev", "fsync", "link"])
 def test_a_failed_put_leaves_nothing(tmp_path, monkeypatch, call):
     store = LocalObjectStore(tmp_path)
 
@@ -168,3 +168,12 @@ def test_a_key_below_an_object_is_told(tmp_path):
     store.put_new("a", b"x")
     with pytest.raises(StoreUnavailableError, match="an object has the name of this folder"):
         store.put_new("a/b", b"x")
+
+
+def test_an_object_of_many_parts_is_written_whole_also_by_short_writes(tmp_path, monkeypatch):
+    store = LocalObjectStore(tmp_path)
+    parts = [bytes([n % 251]) * (n % 7 * 100) for n in range(3000)]
+    real = os.writev
+    monkeypatch.setattr(os, "writev", lambda fd, views: real(fd, [views[0][:37]] if len(views[0]) > 37 else views[:5]))
+    store.put_new("a/parts", parts)
+    assert store.get("a/parts") == b"".join(parts)

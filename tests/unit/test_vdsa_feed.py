@@ -110,7 +110,7 @@ def test_a_batch_becomes_a_frame_with_every_block_once() -> None:
     prepared = prepare(KEYS, batch)
     assert prepared.digests == b"".join(KEYS.digest(block) for block in (one, two, three))
     message = seal(KEYS, b"s" * 16, 7, prepared, np.array([0, 77 << 32 | 5, 0], np.uint64))
-    frame = open_frame(KEYS, decode_data(message).body)
+    frame = open_frame(KEYS, decode_data(b"".join(message)).body)
     columns = frame.columns
     assert columns["block"].tolist() == [10, 11, 12, 40, 20, 21]
     assert columns["count"].tolist() == [1, 1, 1, 500, 1, 1]

@@ -72,7 +72,7 @@ def items(keys: VpgKeys, stream: bytes) -> list[str | bytes]:
     columns = np.zeros(1, COLUMN_DTYPE)
     columns[0] = (1, 100, 5, 1 << 63, 1, 0, 0)
     block = b"x" * 4096
-    frame = seal_frame(keys, stream, 2, columns, [block], keys.digest(block))
+    frame = b"".join(seal_frame(keys, stream, 2, columns, [block], keys.digest(block)))
     return [
         link.encode_control(link.Taps(number=1, taps=[link.TapDisks(tap=TAP, disks=[disk])])),
         link.encode_data(link.FRAME, 2, frame),
