@@ -1,1 +1,1 @@
-"""On the enterprise's side: the site process, and what it keeps on its disk."""
+"""An enterprise's site: follows its provider's orders, and tells how it goes."""
