@@ -1,0 +1,95 @@
+"""How the manager reaches what is outside of it: connectors, VDSAs and stacks.
+
+The manager itself knows no actor and no socket. Every method may block for a while (never for ever), may be called from
+any thread, and raises `DrCloudError` with a remedy if what it needs is not there. All but `open_stacks` are safe to
+repeat; `open_stacks` is too, for the ids name the stacks: one that is open already is told as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from dr_cloud.model.cloud import LogRequest, Route
+from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.journal import Checkpoint
+from dr_cloud.stack.stack import StackStatistics
+
+
+class ServedStack(BaseModel):
+    """A stack that is open."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at_ns: int
+    note: str
+    """Why it is not the time that was asked for, where it is not."""
+    uris: dict[str, list[str]]
+    """The NBD URIs of each disk, by the disk's name."""
+    open_seconds: float
+
+
+class Fabric(Protocol):
+    """The world outside of the manager."""
+
+    def start_connector(self, enterprise: str) -> str:
+        """Make sure that the enterprise's connector runs; return where its sites dial (`wss://host:port/link`)."""
+        ...
+
+    def stop_connector(self, enterprise: str) -> None:
+        """End the enterprise's connector, with all its links."""
+        ...
+
+    def disconnect(self, enterprise: str, site: str) -> None:
+        """Close the links of this site at once: its certificate has been revoked."""
+        ...
+
+    def orders_changed(self, enterprise: str, site: str) -> None:
+        """Tell the site's connector to fetch `Cloud.orders_for` and to send it on. Returns without waiting for it."""
+        ...
+
+    def host_orders_changed(self, data_center: str, host: str) -> None:
+        """Tell the VDSA (or VDSAs) of a data center's host to fetch `Cloud.host_orders`. Returns without waiting."""
+        ...
+
+    def deploy_vdsa(self, data_center: str, host: str) -> None:
+        """Make sure that a VDSA runs on a data center's host."""
+        ...
+
+    def undeploy_vdsa(self, data_center: str, host: str) -> None:
+        """Make sure that none does."""
+        ...
+
+    def checkpoints(self, route: Route) -> Sequence[Checkpoint]:
+        """Return every checkpoint of a scope, ascending; none if its journal was never begun."""
+        ...
+
+    def insert_checkpoint(self, route: Route, request: str, tag: str, description: str) -> None:
+        """Ask the source of a scope for a checkpoint by hand; return once it has been asked, before it is made."""
+        ...
+
+    def open_stacks(
+        self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None
+    ) -> Mapping[str, ServedStack | DrCloudError]:
+        """Open a stack at each time, in parallel, in the data center of the scope.
+
+        Args:
+            route: The scope and where its journal is.
+            times_ns: By the id that the stack is to have: the time.
+            quota_bytes: How much each may write; None is what the node allows.
+        """
+        ...
+
+    def stack_statistics(self, stack: str) -> StackStatistics | None:
+        """Return the counters of an open stack; None if there is no such stack (any more)."""
+        ...
+
+    def close_stack(self, stack: str) -> StackStatistics | None:
+        """End a stack, its exports and its write log; return its last counters, None if it was gone already."""
+        ...
+
+    def collect_logs(self, enterprise: str, site: str, request: LogRequest) -> bytes:
+        """Return an archive (tar.gz) of the logs of a site; both empty: of the provider's processes."""
+        ...

@@ -1,0 +1,536 @@
+"""What the manager shows of the cloud, and what it takes: the records of the REST API, the client and the manager.
+
+Views are frozen and say what is; requests refuse fields they do not know. Times are nanoseconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dr_cloud.model.ids import Scope
+from dr_cloud.model.journal import CheckpointKind
+from dr_cloud.model.principal import Role
+from dr_cloud.model.provider import Jurisdiction, Name
+from dr_cloud.model.replication import Throttle
+from dr_cloud.model.vpg import VpgSettings, VpgState, VpgStatus
+
+PAGE_LIMIT_MAX = 1000
+TEST_TIMES_MAX = 256
+
+Text = Annotated[str, Field(max_length=4096)]
+ShortText = Annotated[str, Field(max_length=255)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+TimeNs = Annotated[int, Field(ge=0, lt=1 << 63)]
+TestTimes = Annotated[list[TimeNs], Field(min_length=1, max_length=TEST_TIMES_MAX)]
+
+
+class _View(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+T = TypeVar("T")
+
+
+class Page(_View, Generic[T]):
+    """Some of a list, in its order."""
+
+    items: list[T]
+    next_cursor: str | None = None
+    """Ask with it for what follows; None at the end. It says nothing to anyone but the manager."""
+
+
+class PageRequest(_Request):
+    """Which part of a list is wanted."""
+
+    limit: int = Field(default=100, ge=1, le=PAGE_LIMIT_MAX)
+    cursor: str | None = Field(default=None, max_length=1024)
+
+
+class Enterprise(_View):
+    """A tenant."""
+
+    name: str
+    title: str
+    owner: str
+    jurisdiction: str
+    created_ns: int
+    sites: list[str]
+    link: str
+    """Where its sites dial (wss://…); empty before its connector is up."""
+
+
+class EnterpriseUpdate(_Request):
+    """What of an enterprise may be changed. None leaves it."""
+
+    title: ShortText | None = None
+    owner: ShortText | None = None
+
+
+class Site(_View):
+    """A site of an enterprise."""
+
+    enterprise: str
+    name: str
+    jurisdiction: str
+    location: str
+    contact: str
+    address: str
+    """Where its manager is, as an administrator told; the link does not need it."""
+    port: int
+    vdsa_port: int
+    """The TCP port of its VDSAs; 0 if they listen on sockets of their hosts only."""
+    paired: bool
+    certificate: str
+    """Serial of the certificate it holds; empty if it is not paired."""
+    connected: bool
+    last_seen_ns: int | None
+    version: str
+    orders_revision: int
+    followed_revision: int
+    throttle: Throttle
+
+
+class SiteUpdate(_Request):
+    """What of a site may be changed. None leaves it."""
+
+    location: ShortText | None = None
+    contact: ShortText | None = None
+    address: ShortText | None = None
+    port: Port | None = None
+    vdsa_port: Port | None = None
+    throttle: Throttle | None = None
+
+
+VdsaState = Literal["installed", "not installed", "installing", "removing", "failed"]
+
+
+class VdsaDeployment(_Request):
+    """How a VDSA is put on a host."""
+
+    datastore: ShortText = ""
+    network: Literal["dhcp", "static"] = "dhcp"
+    ip: str = Field(default="", max_length=64)
+    mask: str = Field(default="", max_length=64)
+    gateway: str = Field(default="", max_length=64)
+
+
+class Host(_View):
+    """One host of a site, and its VDSA."""
+
+    site: str
+    name: str
+    vdsa: VdsaState
+    deployment: VdsaDeployment
+    problem: str
+    servers: int
+    last_seen_ns: int | None
+
+
+class ServerDisk(_View):
+    """One disk of a virtual server, as its tap tells it."""
+
+    name: str
+    size_bytes: int
+
+
+class Server(_View):
+    """A virtual server that a tap has announced."""
+
+    site: str
+    name: str
+    host: str
+    connected: bool
+    disks: list[ServerDisk]
+    vpgs: list[str]
+    last_seen_ns: int
+
+
+class Place(_View):
+    """Something of a data center that a VPG's target may name: a host or cluster, a datastore or pool."""
+
+    name: str
+    kind: Literal["host", "cluster", "datastore", "pool"]
+    members: list[str] = []
+    """What a cluster or pool is made of: shown to the provider's own people only."""
+
+
+class DataCenter(_View):
+    """One of the provider's sites, as far as the caller may see it."""
+
+    name: str
+    jurisdiction: str
+    location: str
+    contact: str
+    hosts: list[Place]
+    """Hosts and clusters."""
+    datastores: list[Place]
+    """Datastores and pools."""
+
+
+class VpgDisk(_View):
+    """One disk of a VPG. The index is never used again in that VPG, also after the disk is gone."""
+
+    server: str
+    name: str
+    index: int
+    size_bytes: int
+    """0 until a tap has told it."""
+
+
+class VpgTarget(_View):
+    """How a VPG stands at one of its targets."""
+
+    name: str
+    site: str
+    host: str
+    datastore: str
+    placed_host: str | None = None
+    """The host that was chosen: shown to the provider's own people only."""
+    placed_datastore: str | None = None
+    linked: bool = False
+    problem: str = ""
+    lag_seconds: float | None = None
+    """None before the first checkpoint."""
+    lag_bytes: int = 0
+    newest_ns: int | None = None
+    """The latest time that has an image."""
+    horizon_ns: int | None = None
+    """The earliest."""
+    journal_bytes: int = 0
+    history_seconds: float = 0.0
+    history_promised_seconds: float = 0.0
+    history_forecast_seconds: float | None = None
+    """How much history there will be once the journal is full, at the present rate; None while it cannot be told."""
+    servers: dict[str, str] = {}
+    """By server: `whole`, `synchronising` or `absent`."""
+    checkpoints: int = 0
+    skipped: int = 0
+    resyncs: int = 0
+
+
+class Vpg(_View):
+    """A virtual protection group."""
+
+    enterprise: str
+    name: str
+    settings: VpgSettings
+    status: VpgStatus
+    state: VpgState
+    paused: str
+    """Why it is paused; empty if it runs."""
+    problem: str
+    """What is missing or wrong, in words; empty if nothing is."""
+    created_ns: int
+    targets: list[VpgTarget]
+    disks: list[VpgDisk]
+
+
+class VpgFilter(_Request):
+    """Which VPGs are wanted; what is None selects nothing."""
+
+    status: VpgStatus | None = None
+    source_site: Name | None = None
+    target_site: Name | None = None
+    name_begins: str | None = Field(default=None, max_length=63)
+
+
+class CheckpointView(_View):
+    """One checkpoint of a VPG at one target."""
+
+    target: str
+    number: int
+    kind: CheckpointKind
+    time_ns: int
+    exact_from_ns: int
+    """Every time from here to `time_ns` has an image of its own."""
+    created_ns: int
+    tag: str
+    description: str
+    testable: bool
+    request: str = ""
+    """The id that `insert_checkpoint` gave, if it was made by hand."""
+
+
+class CheckpointFilter(_Request):
+    """Which checkpoints are wanted."""
+
+    since_ns: TimeNs | None = None
+    until_ns: TimeNs | None = None
+    tag: str | None = Field(default=None, max_length=256)
+    testable: bool | None = None
+
+
+class CheckpointOrder(_Request):
+    """A checkpoint by hand."""
+
+    tag: str = Field(min_length=1, max_length=256)
+    description: str = Field(default="", max_length=4096)
+
+
+class InsertedCheckpoint(_View):
+    """A checkpoint that was asked for; whether it has arrived says `wait_checkpoint`."""
+
+    id: str
+    enterprise: str
+    vpg: str
+    tag: str
+    description: str
+    inserted_ns: int
+    targets: list[str]
+    """The targets that were asked."""
+    arrived: dict[str, CheckpointView] = {}
+    """By target: the checkpoint, durable in its journal."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is in the journal of every target."""
+        return set(self.targets) <= set(self.arrived)
+
+
+class FailoverRequest(_Request):
+    """To which time, at which target. Neither a checkpoint nor a time means the latest."""
+
+    target: Name | None = None
+    """None: the only one there is."""
+    checkpoint: int | None = Field(default=None, ge=0)
+    at_ns: TimeNs | None = None
+    reverse: bool = True
+    """Whether replication back is wanted after the commit."""
+
+
+class TestsRequest(_Request):
+    """Recovery tests of one VPG, one at each of these times, all at once."""
+
+    __test__ = False
+    target: Name | None = None
+    """None: the only one there is."""
+    times_ns: TestTimes
+    quota_bytes: int | None = Field(default=None, gt=0)
+    """How much each test may write."""
+    note: Text = ""
+
+
+TestStatus = Literal["opening", "running", "closing", "stopped", "failed"]
+Verdict = Literal["passed", "failed"]
+
+
+class RecoveryTest(_View):
+    """One recovery test (FailoverTestInfo), or one failover before its commit: the disks at one time, served."""
+
+    id: str
+    enterprise: str
+    vpg: str
+    target: str
+    kind: Literal["test", "failover"]
+    task: str
+    """The task that started it."""
+    status: TestStatus
+    asked_ns: int
+    at_ns: int | None = None
+    """The time that is served."""
+    note: str = ""
+    """What its starter said; and why `at_ns` is not `asked_ns`, where it is not."""
+    uris: dict[str, list[str]] = {}
+    """The NBD URIs of each disk, by the disk's name, while it runs."""
+    started_ns: int
+    running_ns: int | None = None
+    """When it began to serve."""
+    stopped_ns: int | None = None
+    seconds: float | None = None
+    """From its start to its end."""
+    verdict: Verdict | None = None
+    verdict_note: str = ""
+    statistics: dict[str, float | int | None] = {}
+    problem: str = ""
+    started_by: str = ""
+
+
+class StopTest(_Request):
+    """How a test ends."""
+
+    verdict: Verdict | None = None
+    note: Text = ""
+
+
+class Token(_View):
+    """A bearer token, without its secret."""
+
+    id: str
+    name: str
+    role: Role
+    enterprise: str | None
+    created_ns: int
+    expires_ns: int
+    revoked_ns: int | None
+    last_used_ns: int | None
+
+
+class TokenRequest(_Request):
+    """A token to be made."""
+
+    name: str = Field(min_length=1, max_length=255)
+    role: Role
+    enterprise: Name | None = None
+    lifetime_seconds: int = Field(default=90 * 86400, ge=60, le=366 * 86400)
+
+
+class NewToken(_View):
+    """A token that was just made."""
+
+    token: Token
+    secret: str = Field(repr=False)
+    """Shown this once; only its hash is kept."""
+
+
+class NewPairing(_View):
+    """A pairing token: one site may pair with it, once."""
+
+    enterprise: str
+    site: str
+    expires_ns: int
+    token: str = Field(repr=False)
+    """`drp1.…`: shown this once."""
+
+
+class PairRequest(_Request):
+    """What a site sends to be paired."""
+
+    enterprise: Name
+    site: Name
+    secret: str = Field(max_length=128, repr=False)
+    csr: str = Field(max_length=16384)
+    """PEM."""
+
+
+class PairAnswer(_View):
+    """What a site gets when it is paired."""
+
+    certificate: str
+    """PEM."""
+    ca: str
+    """PEM."""
+    link: str
+    enterprise_key: str = Field(repr=False)
+    """Hexadecimal."""
+    serial: str
+    """Of the certificate, hexadecimal."""
+
+
+class Renewal(_View):
+    """A new certificate for a site that is paired."""
+
+    certificate: str
+    serial: str
+
+
+AlertKind = Literal["lag", "history", "history-critical", "link", "vdsa", "checkpoint", "replication"]
+
+
+class Alert(_View):
+    """Something that someone should look at."""
+
+    id: str
+    enterprise: str
+    kind: AlertKind
+    subject: str
+    """What it is about: `vpg/erp/dc1`, `site/leeds`, `host/leeds/h1`."""
+    message: str
+    remedy: str
+    raised_ns: int
+    cleared_ns: int | None
+
+
+class SiteHealth(_View):
+    """How a site and its link stand."""
+
+    enterprise: str
+    site: str
+    connected: bool
+    last_seen_ns: int | None
+    hosts: int
+    hosts_failed: int
+
+
+class Health(_View):
+    """How all that the caller may see stands."""
+
+    at_ns: int
+    sites: list[SiteHealth]
+    vpgs: dict[VpgStatus, int]
+    """How many there are in each status."""
+    alerts: list[Alert]
+    """Those that are raised, newest first, at most a thousand."""
+    lag_seconds_max: float | None
+    tasks_running: int
+
+
+class AuditEntry(_View):
+    """One mutating call."""
+
+    number: int
+    at_ns: int
+    principal: str
+    principal_name: str
+    role: str
+    enterprise: str
+    """On whose things; empty for the provider's own."""
+    operation: str
+    subject: str
+    outcome: Literal["done", "denied", "refused"]
+    reason: str = ""
+
+
+class Event(_View):
+    """Something that changed."""
+
+    number: int
+    """Ascending; ask for what comes after the last one seen."""
+    at_ns: int
+    enterprise: str
+    kind: Literal["task", "checkpoint", "health", "alert", "vpg", "test", "site"]
+    subject: str
+    data: dict[str, Any]
+
+
+class LogRequest(_Request):
+    """Which logs are wanted."""
+
+    site: Name | None = None
+    """An enterprise's site or a data center; None: all of the enterprise's sites (the provider's own: its processes)."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    vdsa: bool = True
+    """Whether what the VDSAs say is included."""
+    core: bool = False
+    """Whether the state of their cores is included."""
+    since_ns: TimeNs | None = None
+    until_ns: TimeNs | None = None
+
+
+class ServerReport(_View):
+    """What is known of one virtual server: what it is, and what the analyzer infers from its writes."""
+
+    enterprise: str
+    server: Server
+    at_ns: int | None
+    """When the analyzer last told; None if it has not."""
+    analysis: dict[str, Any] = {}
+
+
+class Route(_View):
+    """Where the target of a scope is."""
+
+    scope: Scope
+    kind: Literal["data center", "site"]
+    site: str
+    """The data center, or the enterprise's site."""
+    host: str
+    """The host whose VDSA it is."""
+    store: str
+    """URL of the store of its journal (of a site's own datastore: the datastore's name)."""
+    jurisdiction: Jurisdiction
