@@ -144,9 +144,14 @@ class Tap:
     """
 
     def __init__(
-        self, bitmap: IntentBitmap, queue_bytes_max: int = 64 << 20, clock: Callable[[], int] = time.time_ns
+        self,
+        bitmap: IntentBitmap,
+        queue_bytes_max: int = 64 << 20,
+        clock: Callable[[], int] = time.time_ns,
+        server: str = "server",
     ) -> None:
         self.bitmap = bitmap
+        self.server = server
         self.queue_bytes_max = queue_bytes_max
         self.sequence = bitmap.sequence
         self.time_ns = bitmap.time_ns
@@ -242,7 +247,10 @@ class Tap:
     def connected(self) -> None:
         """A connection stands: say HELLO."""
         hello = wire.Hello(
-            tap=self.bitmap.tap_id, sequence=self.sequence, disks=[bits.disk for bits in self.bitmap.disks]
+            tap=self.bitmap.tap_id,
+            server=self.server,
+            sequence=self.sequence,
+            disks=[bits.disk for bits in self.bitmap.disks],
         )
         body = hello.model_dump_json().encode()
         self._change(Event.CONNECTED)

@@ -25,7 +25,7 @@ def head(kind: int, disk: int = 3, count: int = 0, sequence: int = 1, time_ns: i
 
 
 def hello(version: int = wire.FEED_VERSION) -> bytes:
-    body = wire.Hello(version=version, tap="ab" * 16, sequence=0, disks=[DISK]).model_dump_json().encode()
+    body = wire.Hello(version=version, tap="ab" * 16, server="db", sequence=0, disks=[DISK]).model_dump_json().encode()
     return head(wire.HELLO, 0, len(body)) + body
 
 
