@@ -74,7 +74,8 @@ def read_notes(path: Path) -> list[Request]:
 
 async def _target(options: argparse.Namespace) -> None:
     keyring = Keyring.open(options.keyring)
-    vdsa = TargetVdsa(NotedStore(options.store, options.notes), keyring, options.name, options.work)
+    store = NotedStore(options.store, options.notes)
+    vdsa = TargetVdsa(keyring, options.work, lambda scope: store)
     server = await listen(options.listen, vdsa.serve)
     print("target ready", flush=True)
     await _until_stopped()

@@ -8,7 +8,6 @@ former self that still ran somewhere would be fenced.
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,12 @@ from numpy.typing import NDArray
 from dr_cloud.actors.node import LoopThread, NodeSettings
 from dr_cloud.journal.reader import JournalReader
 from dr_cloud.link.stream import address_of, listen, split_address
+from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
+from dr_cloud.store.store import Store
 from dr_cloud.tap.memory import keep_freed_memory
 from dr_cloud.vdsa.scope import ScopeStatus
 from dr_cloud.vdsa.target_io import TargetVdsa
@@ -49,7 +50,13 @@ class Vdsa:
         scheme, path, _ = split_address(address)
         if scheme == "unix":  # of a former self: its actor's name makes sure that there is one at a time
             Path(path).unlink(missing_ok=True)
-        vdsa = TargetVdsa(self._store, self._keyring, name, settings.work_dir / "digests", time.time_ns)
+
+        def admit(scope: Scope) -> Store:
+            if scope.target != name:
+                raise DrCloudError(f"this is target {name!r}, not {scope.target!r}", "Connect to the other target.")
+            return self._store
+
+        vdsa = TargetVdsa(self._keyring, settings.work_dir / "digests", admit)
         return vdsa, await listen(address, vdsa.serve)
 
     def address(self) -> str:

@@ -21,6 +21,7 @@ from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import Scope
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
+from dr_cloud.store.store import Store
 from dr_cloud.tap.memory import keep_freed_memory
 from dr_cloud.vdsa.actions import SourceLimits
 from dr_cloud.vdsa.source_io import SourceVdsa
@@ -70,8 +71,15 @@ async def _source(
     await vdsa.run(lambda: print(f"source VDSA ready: taps unix:{socket}, target {target}", flush=True))
 
 
-async def _target(name: str, address: str, store: str, keyring: Path, work: Path) -> None:
-    vdsa = TargetVdsa(open_store(store), Keyring.open(keyring), name, work)
+async def _target(name: str, address: str, store_url: str, keyring: Path, work: Path) -> None:
+    store = open_store(store_url)
+
+    def admit(scope: Scope) -> Store:
+        if scope.target != name:
+            raise DrCloudError(f"this is target {name!r}, not {scope.target!r}", "Connect to the other target.")
+        return store
+
+    vdsa = TargetVdsa(Keyring.open(keyring), work, admit)
     if (parts := split_address(address))[0] == "unix":
         Path(parts[1]).unlink(missing_ok=True)
     connections: set[asyncio.Task[Any] | None] = set()
@@ -85,7 +93,7 @@ async def _target(name: str, address: str, store: str, keyring: Path, work: Path
             connections.discard(task)
 
     server = await listen(address, serve)
-    print(f"target VDSA {name} ready: {address_of(server)}, store {store}", flush=True)
+    print(f"target VDSA {name} ready: {address_of(server)}, store {store_url}", flush=True)
     try:
         await asyncio.get_running_loop().create_future()
     finally:

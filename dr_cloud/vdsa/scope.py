@@ -1,8 +1,9 @@
 """One scope on the target side: its writer, its stream, its connections. The shell around `TargetCore`.
 
 Concurrency
-    One task applies items in order, in a thread; one commit is under way at a time, in another thread, while the next
-    interval fills. Offers are answered in threads of their own.
+    One task applies items in order, one at a time, in a thread; one commit is under way at a time, in another, while
+    the next interval fills. The threads are shared: `workers` for the processor's work, `store_threads` for what waits
+    for the store.
 
 Failures
     The store is away: the commit is tried again for ever; the source stops at its credit, the taps go on by bitmap.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Final
 
 import structlog
@@ -38,6 +39,7 @@ from dr_cloud.link.stream import MessageStream
 from dr_cloud.model.errors import DrCloudError, FencedError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, Disk
+from dr_cloud.model.replication import TargetReport
 from dr_cloud.store.errors import StoreUnavailableError
 from dr_cloud.vdsa.target import FILLING_BYTES_MAX, Item, Pending, TargetCore
 
@@ -71,15 +73,15 @@ class ScopeStatus(BaseModel):
 class ScopeService:
     """The target side of one scope. All methods belong to the event loop."""
 
-    def __init__(self, scope: Scope, writer: JournalWriter, lookups: Executor) -> None:
-        """Serve `scope` with its `writer`; `lookups` answers offers."""
+    def __init__(self, scope: Scope, writer: JournalWriter, workers: Executor, store_threads: Executor) -> None:
+        """Serve `scope` with its `writer`."""
         self.scope = scope
         self.core = TargetCore(writer)
         self.problem = ""
         self._code: RefusedCode = "denied"
-        self._lookups = lookups
-        self._appender = ThreadPoolExecutor(1, "append")
-        self._committer = ThreadPoolExecutor(1, "commit")
+        self._workers = workers
+        self._store_threads = store_threads
+        self._summed = (0, 0)
         self._connections: dict[int, MessageStream] = {}
         self._queue: asyncio.Queue[tuple[str, Item]] = asyncio.Queue()
         self._commit: asyncio.Task[None] | None = None
@@ -127,7 +129,7 @@ class ScopeService:
     async def answer_offer(self, stream: MessageStream, number: int, digests: bytes) -> None:
         """Tell which blocks the journal has."""
         loop = asyncio.get_running_loop()
-        locs = await loop.run_in_executor(self._lookups, self.core.writer.known, digests)
+        locs = await loop.run_in_executor(self._workers, self.core.writer.known, digests)
         await stream.send(encode_data(KNOWN, number, locs.astype("<u8").tobytes()))
 
     async def _refuse_all(self, code: RefusedCode, reason: str, remedy: str = "") -> None:
@@ -156,7 +158,7 @@ class ScopeService:
             if self.problem:
                 return
             try:
-                pending = await loop.run_in_executor(self._appender, self.core.apply, stream_id, item)
+                pending = await loop.run_in_executor(self._workers, self.core.apply, stream_id, item)
             except DrCloudError as error:
                 await self._refuse_stream(stream_id, error)
                 continue
@@ -178,7 +180,7 @@ class ScopeService:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                durable = await loop.run_in_executor(self._committer, self.core.commit, pending)
+                durable = await loop.run_in_executor(self._store_threads, self.core.commit, pending)
                 break
             except StoreUnavailableError as error:
                 _log.error("vdsa.store", scope=self.scope.prefix, reason=str(error), remedy=error.remedy)
@@ -255,6 +257,24 @@ class ScopeService:
             problem=self.problem,
         )
 
+    def report(self) -> TargetReport:
+        """Return the state as the site or the manager is told of it."""
+        writer = self.core.writer
+        checkpoints = writer.catalogue.checkpoints
+        seen, total_bytes = self._summed
+        total_bytes += sum(ref.size_bytes for checkpoint in checkpoints[seen:] for ref in checkpoint.objects)
+        self._summed = (len(checkpoints), total_bytes)
+        return TargetReport(
+            scope=self.scope,
+            generation=writer.generation,
+            connections=len(self._connections),
+            newest=writer.newest,
+            horizon_ns=writer.catalogue.horizon_ns,
+            newest_ns=writer.catalogue.newest_ns,
+            journal_bytes=total_bytes,
+            problem=self.problem,
+        )
+
     async def close(self) -> None:
         """Finish the commit under way and let the writer go. What was not cut is sent again by the taps."""
         self._worker.cancel()
@@ -265,10 +285,7 @@ class ScopeService:
         if self._commit is not None:
             await asyncio.wait([self._commit], timeout=_RETRY_SECONDS)
             self._commit.cancel()
-        loop = asyncio.get_running_loop()
-        self._appender.shutdown(wait=False)
-        self._committer.shutdown(wait=False)
-        await loop.run_in_executor(None, self.core.writer.close)
+        await asyncio.get_running_loop().run_in_executor(self._store_threads, self.core.writer.close)
 
 
 async def refuse(stream: MessageStream, code: RefusedCode, reason: str, remedy: str = "") -> None:

@@ -1,20 +1,26 @@
 """The target VDSA: serves the sources of many scopes (enterprises), each apart from the others.
 
 Purpose
-    One process takes in streams over any `MessageStream`. What belongs to a scope (keys, writer, digest index, streams)
-    is in its `ScopeService`; nothing is shared but threads.
+    One process takes in streams over any `MessageStream`. What belongs to a scope (keys, store, writer, digest index,
+    streams) is in its `ScopeService`; nothing is shared but threads. Its owner says by `admit` which scopes it serves.
+
+Threads
+    They do not grow with the scopes: a few for the processor's work, and a few for each store, so that a store that
+    hangs holds up only the scopes that lie in it.
 
 Hostile or broken peers
     A peer that says no valid hello in time, breaks the protocol, has a wrong scope or no key here, gets a reason and is
     closed. The other connections and scopes go on.
 
 Crash recovery
-    A scope is opened by its source's first hello: the writer claims a new generation and recovers from the store.
+    A scope is opened by its source's first hello: the writer claims a new generation and recovers from the store. One
+    that failed (another writer took over) stays closed until `release`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +48,7 @@ from dr_cloud.link.stream import MessageStream
 from dr_cloud.model.errors import DrCloudError, ProtocolError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import ImagePlan
+from dr_cloud.model.replication import TargetReport
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.store import Store
 from dr_cloud.vdsa.scope import ScopeService, ScopeStatus, refuse
@@ -50,6 +57,8 @@ from dr_cloud.vdsa.target import FrameItem
 HELLO_SECONDS: Final = 10.0
 SILENCE_SECONDS: Final = 60.0
 """A connection on which nothing came for so long is closed (a source pings every few seconds)."""
+STORE_THREADS: Final = 8
+"""For each store: openings and commits at the same time."""
 
 _log = structlog.get_logger(__name__)
 
@@ -59,29 +68,28 @@ class TargetVdsa:
 
     def __init__(
         self,
-        store: Store,
         keyring: Keyring,
-        name: str,
         work_dir: Path | None,
+        admit: Callable[[Scope], Store],
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Serve every scope whose target is `name` and whose enterprise has a key in `keyring`.
+        """Serve every scope that `admit` lets in and whose enterprise has a key in `keyring`.
 
         Args:
-            store: Where the journals are.
             keyring: The enterprises' keys.
-            name: This target's name, the third part of a scope.
             work_dir: For digest indexes, one folder per scope; None keeps none, so nothing is deduplicated.
+            admit: Returns the store of a scope's journal, or raises `DrCloudError` if the scope is not served here. It
+                is called on the event loop for every hello; scopes that share a store are given the same object.
             clock_ns: Nanoseconds since the epoch.
         """
-        self.name = name
-        self._store = store
         self._keyring = keyring
         self._work_dir = work_dir
+        self._admit = admit
         self._clock_ns = clock_ns
         self._scopes: dict[Scope, ScopeService] = {}
         self._opening: dict[Scope, asyncio.Lock] = {}
-        self._lookups = ThreadPoolExecutor(2, "known")
+        self._workers = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "journal")
+        self._stores: dict[Store, ThreadPoolExecutor] = {}
 
     # Sources.
 
@@ -145,21 +153,34 @@ class TargetVdsa:
     async def _service(self, scope: Scope) -> ScopeService:
         """Return the scope's service, opened if need be. Raises `DrCloudError`."""
         scope.checked()
-        if scope.target != self.name:
-            raise DrCloudError(f"this is target {self.name!r}, not {scope.target!r}", "Connect to the other target.")
         async with self._opening.setdefault(scope, asyncio.Lock()):
+            store = self._admit(scope)
             service = self._scopes.get(scope)
             if service is None:
-                loop = asyncio.get_running_loop()
-                writer = await loop.run_in_executor(None, self._open, scope)
-                service = self._scopes[scope] = ScopeService(scope, writer, self._lookups)
+                threads = self._threads(store)
+                writer = await asyncio.get_running_loop().run_in_executor(threads, self._open, store, scope)
+                service = self._scopes[scope] = ScopeService(scope, writer, self._workers, threads)
                 _log.info("vdsa.scope", scope=scope.prefix, generation=writer.generation)
         return service
 
-    def _open(self, scope: Scope) -> JournalWriter:
+    def _threads(self, store: Store) -> ThreadPoolExecutor:
+        threads = self._stores.get(store)
+        if threads is None:
+            threads = self._stores[store] = ThreadPoolExecutor(STORE_THREADS, "store")
+        return threads
+
+    def _open(self, store: Store, scope: Scope) -> JournalWriter:
         keys = self._keyring.vpg_keys(scope)
         work_dir = self._work_dir / scope.enterprise / scope.vpg / scope.target if self._work_dir else None
-        return JournalWriter.open(self._store, keys, scope, clock_ns=self._clock_ns, work_dir=work_dir)
+        return JournalWriter.open(store, keys, scope, clock_ns=self._clock_ns, work_dir=work_dir)
+
+    async def release(self, scope: Scope) -> None:
+        """Close one scope, if it is open here. Its source may come again as far as `admit` lets it."""
+        async with self._opening.setdefault(scope, asyncio.Lock()):
+            service = self._scopes.pop(scope, None)
+            if service is not None:
+                await service.close()
+                _log.info("vdsa.released", scope=scope.prefix)
 
     # For actors.
 
@@ -168,8 +189,11 @@ class TargetVdsa:
         service = self._scopes.get(scope)
         if service is not None:
             return service.core.catalogue
+        store = self._admit(scope)
         keys = self._keyring.vpg_keys(scope)
-        return await asyncio.get_running_loop().run_in_executor(None, Catalogue.load, self._store, keys, scope)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads(store), Catalogue.load, store, keys, scope
+        )
 
     async def plan(self, scope: Scope, at_ns: int) -> ImagePlan:
         """Return the plan of the scope's image at a time. Raises `TimeOutOfRangeError`."""
@@ -183,9 +207,9 @@ class TargetVdsa:
         """Return the state of a scope that is open here."""
         return self._open_service(scope).status()
 
-    def scopes(self) -> list[Scope]:
-        """Return the scopes that are open here."""
-        return list(self._scopes)
+    def reports(self) -> list[TargetReport]:
+        """Return how each scope that is open here stands."""
+        return [service.report() for service in self._scopes.values()]
 
     def _open_service(self, scope: Scope) -> ScopeService:
         service = self._scopes.get(scope)
@@ -197,4 +221,5 @@ class TargetVdsa:
         """Close every scope; commits under way are finished."""
         scopes, self._scopes = self._scopes, {}
         await asyncio.gather(*(service.close() for service in scopes.values()))
-        self._lookups.shutdown(wait=False)
+        for threads in (self._workers, *self._stores.values()):
+            threads.shutdown(wait=False)

@@ -11,11 +11,13 @@ import pytest
 from dr_cloud.journal.frame import COLUMN_DTYPE, seal_frame
 from dr_cloud.link import messages as link
 from dr_cloud.link.stream import PlainStream, connect, listen
+from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Disk
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.seal.keys import VpgKeys
 from dr_cloud.store.open import open_store
+from dr_cloud.store.store import Store
 from dr_cloud.vdsa.target_io import TargetVdsa
 
 SCOPE = Scope("acme", "shop", "dc1")
@@ -28,8 +30,14 @@ class Rig:
         self.keyring = Keyring.open(folder / "keyring")
         self.keyring.create("acme")
         self.keyring.create("umbrella")
-        self.vdsa = TargetVdsa(open_store("memory:"), self.keyring, "dc1", None)
+        self.store = open_store("memory:")
+        self.vdsa = TargetVdsa(self.keyring, None, self.admit)
         self.streams: list[PlainStream] = []
+
+    def admit(self, scope: Scope) -> Store:
+        if scope.target != "dc1":
+            raise DrCloudError("another target")
+        return self.store
 
     async def open(self, hello: link.Hello) -> PlainStream:
         stream = await connect(self.address)
@@ -154,7 +162,7 @@ async def test_a_newer_stream_takes_the_place_of_the_old_one(rig: Rig) -> None:
 async def test_a_fenced_target_says_so(rig: Rig) -> None:
     stream = await rig.open(hello())
     await heard(stream)
-    newer = TargetVdsa(rig.vdsa._store, rig.keyring, "dc1", None)
+    newer = TargetVdsa(rig.keyring, None, rig.admit)
     await newer._service(SCOPE)
     for message in items(rig.keyring.vpg_keys(SCOPE), b"s" * 16):
         await stream.send(message)
