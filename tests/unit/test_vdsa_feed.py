@@ -67,7 +67,7 @@ BLOCK = bytes(BLOCK_SIZE)
         head(wire.DURABLE),
         head(wire.WRITE, count=1) + BLOCK,
         head(wire.MARKED),
-        hello(version=2),
+        hello(version=1),
         head(wire.HELLO, count=1 << 30),
         head(wire.HELLO, count=2) + b"{}",
         hello() + hello(),
