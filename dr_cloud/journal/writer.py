@@ -269,6 +269,7 @@ class JournalWriter:
         exact: bool,
         tag: str = "",
         description: str = "",
+        request: str = "",
     ) -> Cut:
         """End the interval at `time_ns`: every entry up to it was appended before this call.
 
@@ -279,6 +280,7 @@ class JournalWriter:
             exact: False where the order of writes since the checkpoint before is not known.
             tag: A name given by hand.
             description: Its description.
+            request: The id of the request that it fulfils.
         """
         time_ns = max(time_ns, self._last.time_ns)
         late_ns = np.uint64(self._last.time_ns + 1)
@@ -315,6 +317,7 @@ class JournalWriter:
             created_ns=self._clock_ns(),
             tag=tag,
             description=description,
+            request=request,
             cuts={**before.cuts, **cuts},
             disks=self.disks,
             objects=[ref] if has_object else [],

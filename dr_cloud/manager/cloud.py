@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from dr_cloud.model import cloud as c
 from dr_cloud.model.ids import Scope
+from dr_cloud.model.pairing import PairAnswer, PairRequest
 from dr_cloud.model.principal import Principal
 from dr_cloud.model.provider import EnterpriseConfig
 from dr_cloud.model.replication import SiteOrders, SiteReport
@@ -62,7 +63,7 @@ class Cloud:
     def create_pairing(self, who: Principal, enterprise: str, site: str, lifetime_seconds: int = 3600) -> c.NewPairing:
         raise NotImplementedError
 
-    def pair(self, request: c.PairRequest) -> c.PairAnswer:
+    def pair(self, request: PairRequest) -> PairAnswer:
         raise NotImplementedError
 
     def unpair(self, who: Principal, enterprise: str, site: str) -> c.Site:

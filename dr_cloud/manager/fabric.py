@@ -66,8 +66,11 @@ class Fabric(Protocol):
         """Return every checkpoint of a scope, ascending; none if its journal was never begun."""
         ...
 
-    def insert_checkpoint(self, route: Route, request: str, tag: str, description: str) -> None:
-        """Ask the source of a scope for a checkpoint by hand; return once it has been asked, before it is made."""
+    def insert_checkpoint(self, route: Route, tag: str, description: str) -> str:
+        """Ask the source of a scope for a checkpoint by hand; return the request's id at once, before it is made.
+
+        The checkpoint carries that id (`Checkpoint.request`), so that its arrival can be told from others'.
+        """
         ...
 
     def open_stacks(

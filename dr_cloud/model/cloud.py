@@ -398,30 +398,6 @@ class NewPairing(_View):
     """`drp1.…`: shown this once."""
 
 
-class PairRequest(_Request):
-    """What a site sends to be paired."""
-
-    enterprise: Name
-    site: Name
-    secret: str = Field(max_length=128, repr=False)
-    csr: str = Field(max_length=16384)
-    """PEM."""
-
-
-class PairAnswer(_View):
-    """What a site gets when it is paired."""
-
-    certificate: str
-    """PEM."""
-    ca: str
-    """PEM."""
-    link: str
-    enterprise_key: str = Field(repr=False)
-    """Hexadecimal."""
-    serial: str
-    """Of the certificate, hexadecimal."""
-
-
 class Renewal(_View):
     """A new certificate for a site that is paired."""
 

@@ -58,21 +58,5 @@ class UnavailableError(DrCloudError):
     """A part outside (a site, a VDSA, a node) does not answer now; the same call may be made again."""
 
 
-class NotFoundError(DrCloudError):
-    """There is no such thing, or none that the caller may know of: the two are told alike."""
-
-
-class ForbiddenError(DrCloudError):
-    """The caller's role does not allow the operation."""
-
-
-class UnauthenticatedError(DrCloudError):
-    """The caller has not proven who it is: the token is unknown, expired or revoked."""
-
-
-class ConflictError(DrCloudError):
-    """The request is right in itself, but not in the state things are in: a name is taken, a group does not allow it."""
-
-
 class InvalidError(DrCloudError):
     """The request cannot be right in any state: a name that nothing has, settings that contradict each other."""

@@ -68,6 +68,8 @@ class Checkpoint(_Record):
     created_ns: int
     tag: str = ""
     description: str = ""
+    request: str = ""
+    """Id of the request that it fulfils, if it was made by hand."""
     cuts: dict[str, int] = Field(default_factory=dict)
     """The last sequence of each tap (its id in hexadecimal) that this checkpoint holds."""
     disks: list[Disk] = Field(default_factory=list)

@@ -165,6 +165,7 @@ class TargetCore:
             exact=item.exact,
             tag=item.tag,
             description=item.description,
+            request=item.request,
         )
         return Pending(stream, item, cut)
 
