@@ -89,14 +89,13 @@ class DigestIndex:
         meta = json.dumps(
             {"number": checkpoint.number, "created_ns": checkpoint.created_ns, "boot": self._boot}
         ).encode()
-        pairs: list[tuple[bytes, bytes]] = []
-        for joined, first in zip(digests, first_locs, strict=True):
-            count = len(joined) // DIGEST_BYTES
-            locs = np.arange(first, first + count, dtype="<u8").tobytes()
-            pairs.extend(
-                (joined[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES], locs[i * 8 : i * 8 + 8]) for i in range(count)
-            )
-        pairs.sort()
+        counts = [len(joined) // DIGEST_BYTES for joined in digests]
+        keys = np.frombuffer(b"".join(digests), f"V{DIGEST_BYTES}")
+        runs = [np.arange(first, first + count, dtype="<u8") for count, first in zip(counts, first_locs, strict=True)]
+        locs = np.concatenate([np.empty(0, "<u8"), *runs])
+        # In the order of the tree, so that each of its pages is visited once.
+        order = np.lexsort(keys.view(">u8").reshape(-1, 2).T[::-1])
+        pairs = zip(keys[order].tolist(), locs[order].view("V8").tolist(), strict=True)
         try:
             with self._env.begin(write=True) as txn:
                 txn.cursor().putmulti(pairs, overwrite=False)
