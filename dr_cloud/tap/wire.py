@@ -8,7 +8,7 @@ Every message is a 40-byte little-endian head, then a body::
 
     offset  size  field
          0     1  type       (the constants below)
-         1     1  flags      bit 0: SYNC, bit 1: EXPIRED, bit 2: UNORDERED
+         1     1  flags      bit 0: SYNC, bit 1: EXPIRED, bit 2: UNORDERED, bit 3: WHOLE
          2     2  disk       index of the disk, the tap's own
          4     4  count      blocks of WRITE and ZERO; bytes of the body otherwise
          8     8  sequence
@@ -33,6 +33,8 @@ Every message is a 40-byte little-endian head, then a body::
     DURABLE VDSA → tap  every write with a sequence ≤ `sequence` is durable at the target: its intent may be cleared.
                         It may name a write only when that is whole: after a greater sequence, a MARKED or a SYNC_END.
     RESYNC  VDSA → tap  something after the last DURABLE was lost on the way: send every set bit again.
+                        WHOLE: first set every bit of `disk`, for this target has never had the disk, or had not what
+                        this copy's bits rest on (`Hello.durable`).
     HOLD    VDSA → tap  lift the clock, so that every later write carries a time > time_ns; hold acknowledgements from
                         now on, not the writes themselves; answer HELD.
     RELEASE VDSA → tap  let acknowledgements go; answer RELEASED.
@@ -95,6 +97,7 @@ ORDER: Final = 21
 FLAG_SYNC: Final = 1
 FLAG_EXPIRED: Final = 2
 FLAG_UNORDERED: Final = 4
+FLAG_WHOLE: Final = 8
 WRITE_BLOCKS_MAX: Final = 256
 FEED_VERSION: Final = 2
 
@@ -122,4 +125,6 @@ class Hello(BaseModel):
     """The virtual server whose disks these are."""
     copy_number: int = Field(default=0, ge=0, lt=COPIES_MAX)
     sequence: int
+    durable: int = 0
+    """The greatest sequence that a DURABLE ever named to this copy; 0 if none: what its cleared bits rest on."""
     disks: list[Disk]
