@@ -208,22 +208,25 @@ class ScopeService:
 
     # For actors.
 
-    async def checkpoint(self, tag: str, description: str, wait_seconds: float | None) -> str:
+    async def checkpoint(self, tag: str, description: str, wait_seconds: float | None, request_id: str = "") -> str:
         """Ask the source for a checkpoint by hand and return the request's id.
 
         Args:
             tag: Its name.
             description: Its description.
             wait_seconds: How long to wait until it is durable; None returns at once.
+            request_id: The id the request is to have; empty makes one up. One that is made or asked for is not made
+                again.
 
         Raises:
             DrCloudError: There is no source, or the time has passed; the request is kept and sent again.
         """
         if self.problem:
             raise DrCloudError(self.problem)
-        request = RequestCheckpoint(id=uuid.uuid4().hex, tag=tag, description=description)
-        future: asyncio.Future[Durable] = asyncio.get_running_loop().create_future()
-        self._waiting[request.id] = future
+        if request_id and any(one.request == request_id for one in reversed(self.core.catalogue.checkpoints)):
+            return request_id
+        request = RequestCheckpoint(id=request_id or uuid.uuid4().hex, tag=tag, description=description)
+        future = self._waiting.setdefault(request.id, asyncio.get_running_loop().create_future())
         self._requests[request.id] = request
         await self._tell(request)
         if wait_seconds is None:

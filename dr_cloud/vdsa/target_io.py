@@ -199,9 +199,16 @@ class TargetVdsa:
         """Return the plan of the scope's image at a time. Raises `TimeOutOfRangeError`."""
         return (await self.catalogue(scope)).plan(at_ns)
 
-    async def checkpoint(self, scope: Scope, tag: str, description: str = "", wait_seconds: float | None = 30.0) -> str:
+    async def checkpoint(
+        self,
+        scope: Scope,
+        tag: str,
+        description: str = "",
+        wait_seconds: float | None = 30.0,
+        request_id: str = "",
+    ) -> str:
         """Make a checkpoint by hand; see `ScopeService.checkpoint`."""
-        return await self._open_service(scope).checkpoint(tag, description, wait_seconds)
+        return await self._open_service(scope).checkpoint(tag, description, wait_seconds, request_id)
 
     def status(self, scope: Scope) -> ScopeStatus:
         """Return the state of a scope that is open here."""
