@@ -6,7 +6,7 @@ Purpose
 
 Layout
     `log.jsonl` is written; full (8 MiB), it becomes `log.jsonl.1`, and so on up to 7. A line is a JSON object with
-    `time` (RFC 3339), `level`, `event`, `logger`. An archive is a ZIP file with `log.jsonl` (the lines asked for),
+    `time` (RFC 3339), `level`, `event`, `logger`. An archive (tar.gz) has `log.jsonl` (the lines asked for),
     `about.json`, and if asked for `vdsa.json` and `core.json`.
 
 No secret is logged: keys, tokens and proxies' passwords are in no line and no record of an archive. A line holds names,
@@ -25,10 +25,10 @@ import os
 import queue
 import resource
 import sys
+import tarfile
 import threading
 import time
 import traceback
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Self
@@ -157,14 +157,15 @@ def _wanted(line: str, least: int, since_ns: int, until_ns: int) -> bool:
 
 
 def archive(log: SiteLog, request: LogRequest, documents: dict[str, Any]) -> bytes:
-    """Return the ZIP archive: the lines asked for, and `documents` (file name → what JSON can say). Blocks."""
+    """Return the archive: the lines asked for, and `documents` (file name → what JSON can say). Blocks."""
+    files = {"log.jsonl": "".join(log.lines(request)).encode()}
+    files |= {name: json.dumps(document, indent=1, default=str).encode() for name, document in documents.items()}
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as file:
-        with file.open("log.jsonl", "w") as lines:
-            for line in log.lines(request):
-                lines.write(line.encode())
-        for name, document in documents.items():
-            file.writestr(name, json.dumps(document, indent=1, default=str))
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as packed:
+        for name, data in files.items():
+            about = tarfile.TarInfo(name)
+            about.size, about.mtime, about.mode = len(data), int(time.time()), 0o600
+            packed.addfile(about, io.BytesIO(data))
     return buffer.getvalue()
 
 

@@ -5,7 +5,6 @@ Layout (the folder has mode 0700, every file 0600)::
     lock             held by the process that runs
     identity.json    `Identity`: certificate, key, the provider's CA, where the link is
     request.json     `PairingAttempt`: a pairing that was begun and is not known to have ended
-    site.pem ca.pem  the same certificate and key as files, for TLS; made from identity.json at each start
     keyring.json     the enterprise's key (`dr_cloud.seal.keyring`)
     orders.json      the last orders that were received, as they came
     work/            digest indexes of scopes that are replicated to here; may be lost
@@ -27,6 +26,7 @@ from typing import Final, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dr_cloud.model.errors import DrCloudError
+from dr_cloud.seal.identity import replace_file
 
 IDENTITY: Final = "identity.json"
 ATTEMPT: Final = "request.json"
@@ -89,21 +89,13 @@ class StateFolder:
         """Let the folder go."""
         os.close(self._lock)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, text: str) -> None:
         """Replace a file whole, readable by its owner alone; when it returns, a crash cannot undo it."""
-        fresh = self.path / f"{name}.new"
-        fresh.unlink(missing_ok=True)
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path / name)
-        self._flush()
+        replace_file(self.path / name, text, 0o600)
 
     def save(self, name: str, record: BaseModel) -> None:
         """Replace a file by `record`."""
-        self.write(name, record.model_dump_json(indent=1).encode())
+        self.write(name, record.model_dump_json(indent=1))
 
     def read(self, name: str) -> bytes | None:
         """Return a file's bytes, None if there is none."""
@@ -128,11 +120,3 @@ class StateFolder:
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
         (self.path / name).unlink(missing_ok=True)
-        self._flush()
-
-    def _flush(self) -> None:
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import stat
-import zipfile
-from io import BytesIO
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -105,7 +105,7 @@ def test_state_is_private_and_replaced_whole(tmp_path: Path) -> None:
     assert "hush" not in repr(loaded)
     assert stat.S_IMODE((tmp_path / "st").stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "st").iterdir()} == {0o600}
-    state.write(IDENTITY, b'{"key": "hush"')
+    state.write(IDENTITY, '{"key": "hush"')
     with pytest.raises(DrCloudError, match="damaged") as caught:
         state.load(IDENTITY, Identity)
     assert "hush" not in str(caught.value)
@@ -136,10 +136,11 @@ async def test_an_archive_has_the_lines_of_its_level_and_time(
         file.write('{"level": "err')
 
     def lines(**changes):
-        request = LogRequest(id="1", **changes)
-        with zipfile.ZipFile(BytesIO(archive(log, request, {"core.json": core_state()}))) as opened:
-            assert "threads" in json.loads(opened.read("core.json"))
-            return [json.loads(line) for line in opened.read("log.jsonl").splitlines()]
+        packed = archive(log, LogRequest(id="1", **changes), {"core.json": core_state()})
+        with tarfile.open(fileobj=io.BytesIO(packed)) as opened:
+            files = {name: opened.extractfile(name).read() for name in opened.getnames()}
+        assert "threads" in json.loads(files["core.json"])
+        return [json.loads(line) for line in files["log.jsonl"].splitlines()]
 
     everything = lines(level="debug")
     assert len(everything) == 19
