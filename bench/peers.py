@@ -41,6 +41,16 @@ def nbdkit_memory(size_bytes: int, socket: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def nbdkit_null(size_bytes: int, socket: Path) -> Iterator[str]:
+    """Serve a disk that answers every request and does nothing, in one thread; gives its URI.
+
+    What fio reaches with it is as far as any server gets on this machine.
+    """
+    with _serving(["nbdkit", "-f", "-t", "1", "-U", str(socket), "null", str(size_bytes)], socket) as uri:
+        yield uri
+
+
+@contextlib.contextmanager
 def nbdkit_file(path: Path, socket: Path) -> Iterator[str]:
     """Serve a raw file; gives its URI."""
     with _serving(["nbdkit", "-f", "-U", str(socket), "file", str(path)], socket) as uri:

@@ -19,6 +19,9 @@ DISK_BYTES: Final = 512 << 20
 REWRITTEN: Final = 100
 """One block in so many was written again by the guest: an image is never in one piece."""
 SECONDS: Final = 2.0
+STACK, QEMU, MEMORY = "stack", "qemu-nbd, qcow2", "nbdkit memory"
+NOTHING: Final = "a server that does nothing"
+"""How far any server gets beside this load generator on these cores."""
 
 READS: Final[list[tuple[str, fio.Pattern, str, int]]] = [
     ("read 4 KiB, depth 1", "randread", "4k", 1),
@@ -50,9 +53,10 @@ def measure(provider: Provider, rounds: int) -> Figures:
     with contextlib.ExitStack() as servers:
         memory = servers.enter_context(peers.nbdkit_memory(DISK_BYTES, directory / "run" / "memory.sock"))
         qemu = servers.enter_context(peers.qemu_nbd(overlay, "qcow2", directory / "run" / "qcow2.sock"))
+        nothing = servers.enter_context(peers.nbdkit_null(DISK_BYTES, directory / "run" / "null.sock"))
         peers.copy(str(backing), memory)
         for works, ours in ((READS, uri_of(reading)), (WRITES, uri_of(writing))):
-            uris = {"stack": ours, "qemu-nbd, qcow2": qemu, "nbdkit memory": memory}
+            uris = {STACK: ours, QEMU: qemu, MEMORY: memory, NOTHING: nothing}
             for work in works:
                 figures |= _compare(work, uris, rounds, directory)
     for stack in (reading, writing):
@@ -88,8 +92,8 @@ def _compare(work: tuple[str, fio.Pattern, str, int], uris: dict[str, str], roun
     runs = interleaved({server: partial(load, uri) for server, uri in uris.items()}, rounds)
     unit = "MiB/s" if sequential else "requests/s"
     targets = TARGETS.get(name, (None, None))
-    others = [other for other in uris if other != "stack"]
-    return {
-        f"stack {name} / {other}": beside(runs, "stack", other, unit, target)
-        for other, target in zip(others, targets, strict=True)
+    figures = {
+        f"stack {name} / {other}": beside(runs, STACK, other, unit, target)
+        for other, target in zip((QEMU, MEMORY), targets, strict=True)
     }
+    return figures | {f"{NOTHING} {name} / {QEMU}": beside(runs, NOTHING, QEMU, unit)}
