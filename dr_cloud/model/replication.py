@@ -56,6 +56,7 @@ class TargetOrders(_Record):
 
     scope: Scope
     store: str
+    """At a data center the store's URL, at an enterprise's site the name of one of its datastores."""
 
 
 class SiteOrders(_Record):
@@ -136,6 +137,8 @@ class SiteReport(_Record):
     hosts: list[HostReport] = []
     sources: list[SourceReport] = []
     targets: list[TargetReport] = []
+    datastores: list[str] = []
+    """Those of the site's own configuration: what a `TargetOrders.store` may name."""
     problems: list[str] = []
     """Orders that could not be followed and belong to no report above."""
 
