@@ -15,8 +15,8 @@ from typing import Final
 
 from bench.chain import memory_directory
 from bench.history import History
+from dr_cloud.actors.pool import StackPool
 from dr_cloud.actors.provider import LocalProvider, RunningStack
-from dr_cloud.actors.stack import StackPool
 from dr_cloud.demo.site import SCOPE, Demonstration
 from dr_cloud.link.messages import Hello, encode_control
 from dr_cloud.link.stream import connect
@@ -39,11 +39,12 @@ class Provider:
 
     def history(self, name: str, size_bytes: int) -> History:
         """Begin the history of a VPG's only disk."""
-        store = open_store(self.settings.store_url)
+        store = open_store(self.local.store_url)
         return History(store, Keyring.open(self.settings.keyring), SCOPE._replace(vpg=name), size_bytes)
 
     def take_over(self, scope: Scope) -> None:
         """Have the target VDSA open a scope, as a source's hello makes it do."""
+        self.local.admit([scope])
         asyncio.run(self._hello(scope))
 
     async def _hello(self, scope: Scope) -> None:
@@ -56,7 +57,8 @@ class Provider:
     def renew_pool(self) -> list[int]:
         """Replace the idle stacks by new ones that have served nobody; return their processes' ids, in turn."""
         self.local.pool.close()
-        self.local.pool = StackPool(self.settings, STACKS)
+        self.local.pool = StackPool(self.local.placement, self.settings, "renewed", STACKS)
+        self.local.pool.refill()
         return self.local.pool.wait_until_ready()
 
     def empty_cache(self) -> None:

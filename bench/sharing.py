@@ -67,7 +67,7 @@ def _read_all(provider: Provider, plans: list[ImagePlan]) -> list[Request]:
             path.write_text(plan.model_dump_json())
             process = Process(
                 f"stack-{number}", directory, "bench.noted", "stack", "--notes", str(directory / "notes"),
-                "--store", settings.store_url, "--keyring", str(settings.keyring), "--work", str(directory),
+                "--store", provider.local.store_url, "--keyring", str(settings.keyring), "--work", str(directory),
                 "--listen", str(directory / f"{number}.sock"), "--plan", str(path),
             )  # fmt: skip
             running.callback(process.stop)

@@ -1,8 +1,9 @@
-"""What the actors of one node share: where its store, keys, cache and sockets are; and an event loop for guest I/O."""
+"""What the actors of one node share: where its keys, cache and sockets are; an event loop for guest I/O; stores."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any, TypeVar
 
 import uvloop
 from pydantic import BaseModel, ConfigDict
+
+from dr_cloud.store.open import open_store
+from dr_cloud.store.store import Store
 
 T = TypeVar("T")
 
@@ -19,8 +23,8 @@ class NodeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    store_url: str
     keyring: Path
+    """The enterprises' keys. Each node has the file, from its own secret or a shared one."""
     work_dir: Path
     """Digest indexes and write logs."""
     cache_dir: Path
@@ -28,6 +32,29 @@ class NodeSettings(BaseModel):
     run_dir: Path
     """Unix sockets."""
     cache_limit_bytes: int = 4 << 30
+
+    def make_folders(self) -> None:
+        """Make what is not there yet; none but the owner may look into them."""
+        for folder in (self.work_dir, self.cache_dir, self.run_dir):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def socket(self, name: str) -> Path:
+        """Return the path of the unix socket of the actor `name`. It is short: the kernel takes 107 bytes."""
+        return self.run_dir / f"{hashlib.blake2s(name.encode(), digest_size=8).hexdigest()}.sock"
+
+
+class Stores:
+    """The stores that an actor has open, one for each URL."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._open: dict[str, Store] = {}
+
+    def at(self, url: str) -> Store:
+        """Return the store at `url`, the same object each time. Raises `DrCloudError`."""
+        if url not in self._open:
+            self._open[url] = open_store(url)
+        return self._open[url]
 
 
 class LoopThread:

@@ -1,27 +1,34 @@
-"""The `Vdsa` actor: a target VDSA on a provider's host.
+"""The `Vdsa` actor: the VDSA of one of the provider's hosts.
 
-Ray restarts it when it dies. It then comes up at the same address, with nothing: each scope is opened again by its
-source's next hello, recovers from the store, and claims a new generation. Nothing that was acknowledged is lost, and a
-former self that still ran somewhere would be fenced.
+Purpose
+    As a target it takes in the streams of the scopes it was told to serve, each into its own store. Who tells it is
+    whoever opens a connection to it or asks for a plan (`admit`), and the manager's orders.
+
+Crash recovery
+    Ray restarts it when it dies. It then comes up with nothing: each scope is admitted and opened again by its source's
+    next hello, recovers from the store, and claims a new generation. Nothing that was acknowledged is lost, and a
+    former self that still ran somewhere would be fenced.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from dr_cloud.actors.node import LoopThread, NodeSettings
+from dr_cloud.actors.inner import Inner
+from dr_cloud.actors.node import LoopThread, NodeSettings, Stores
 from dr_cloud.journal.reader import JournalReader
-from dr_cloud.link.stream import address_of, listen, split_address
-from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.errors import NotFoundError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan
+from dr_cloud.model.replication import TargetOrders
 from dr_cloud.seal.keyring import Keyring
-from dr_cloud.store.open import open_store
 from dr_cloud.store.store import Store
 from dr_cloud.tap.memory import keep_freed_memory
 from dr_cloud.vdsa.scope import ScopeStatus
@@ -30,55 +37,70 @@ from dr_cloud.vdsa.target_io import TargetVdsa
 
 @ray.remote(max_restarts=-1, max_task_retries=3, num_cpus=0)
 class Vdsa:
-    """One target VDSA. Methods may be tried again after a restart: each is safe to repeat."""
+    """One VDSA. Methods may be tried again after a restart: each is safe to repeat."""
 
-    def __init__(self, settings: NodeSettings, name: str, address: str) -> None:
+    def __init__(
+        self, settings: NodeSettings, name: str, targets: Sequence[TargetOrders] = (), socket: Path | None = None
+    ) -> None:
         """Serve sources.
 
         Args:
             settings: The node.
-            name: The target's name, the third part of a scope.
-            address: Where sources connect (`dr_cloud.link.stream`); the same after a restart.
+            name: The actor's name, unique in the provider.
+            targets: What to serve from the start, also after a restart.
+            socket: Where sources connect, if not where the name leads; the same after a restart.
         """
         keep_freed_memory()
-        self._store = open_store(settings.store_url)
+        settings.make_folders()
+        self._stores = Stores()
         self._keyring = Keyring.open(settings.keyring)
+        self._inner = Inner()
+        self._targets = {target.scope: target for target in targets}
         self._loop = LoopThread("vdsa")
-        self._vdsa, self._server = self._loop.call(self._start(settings, name, address))
+        work_dir = settings.work_dir / "digests"
+        self._vdsa, self._server, self._address = self._loop.call(
+            self._start(work_dir, socket or settings.socket(name))
+        )
 
-    async def _start(self, settings: NodeSettings, name: str, address: str) -> tuple[TargetVdsa, asyncio.Server]:
-        scheme, path, _ = split_address(address)
-        if scheme == "unix":  # of a former self: its actor's name makes sure that there is one at a time
-            Path(path).unlink(missing_ok=True)
+    async def _start(self, work_dir: Path, socket: Path) -> tuple[TargetVdsa, asyncio.Server, str]:
+        vdsa = TargetVdsa(self._keyring, work_dir, self._store)
+        return vdsa, *await self._inner.listen(socket, vdsa.serve)
 
-        def admit(scope: Scope) -> Store:
-            if scope.target != name:
-                raise DrCloudError(f"this is target {name!r}, not {scope.target!r}", "Connect to the other target.")
-            return self._store
+    def _store(self, scope: Scope) -> Store:
+        target = self._targets.get(scope)
+        if target is None:
+            raise NotFoundError(f"{scope.prefix} is not served here", "Ask the manager where its target is.")
+        return self._stores.at(target.store)
 
-        vdsa = TargetVdsa(self._keyring, settings.work_dir / "digests", admit)
-        return vdsa, await listen(address, vdsa.serve)
+    def process(self) -> int:
+        """Return the process id."""
+        return os.getpid()
 
-    def address(self) -> str:
-        """Return where sources connect."""
-        return address_of(self._server)
+    def admit(self, targets: Sequence[TargetOrders]) -> str:
+        """Serve these scopes too; return where sources connect (`dr_cloud.actors.inner`)."""
 
-    def plan(self, scope: Scope, at_ns: int) -> ImagePlan:
-        """Return the plan of an image. Raises `TimeOutOfRangeError`."""
-        return self._loop.call(self._vdsa.plan(Scope(*scope), at_ns))
+        async def admit() -> str:
+            self._targets.update((target.scope, target) for target in targets)
+            return self._address
 
-    def plans(self, scope: Scope, times_ns: list[int]) -> list[ImagePlan]:
-        """Return the plans of many images of one scope."""
-        catalogue = self._loop.call(self._vdsa.catalogue(Scope(*scope)))
+        return self._loop.call(admit())
+
+    def plans(self, target: TargetOrders, times_ns: Sequence[int]) -> list[ImagePlan]:
+        """Return the plans of many images of one scope. Raises `TimeOutOfRangeError`."""
+        self.admit([target])
+        catalogue = self._loop.call(self._vdsa.catalogue(target.scope))
         return [catalogue.plan(at_ns) for at_ns in times_ns]
 
-    def checkpoints(self, scope: Scope) -> list[Checkpoint]:
+    def checkpoints(self, target: TargetOrders) -> list[Checkpoint]:
         """Return every checkpoint of a scope, ascending."""
-        return list(self._loop.call(self._vdsa.catalogue(Scope(*scope))).checkpoints)
+        self.admit([target])
+        return list(self._loop.call(self._vdsa.catalogue(target.scope)).checkpoints)
 
-    def checkpoint(self, scope: Scope, tag: str, description: str = "", wait_seconds: float | None = 30.0) -> str:
+    def checkpoint(
+        self, scope: Scope, tag: str, description: str = "", wait_seconds: float | None = 30.0, request: str = ""
+    ) -> str:
         """Make a checkpoint by hand; return the request's id once it is durable (at once if `wait_seconds` is None)."""
-        return self._loop.call(self._vdsa.checkpoint(Scope(*scope), tag, description, wait_seconds))
+        return self._loop.call(self._vdsa.checkpoint(Scope(*scope), tag, description, wait_seconds, request))
 
     def status(self, scope: Scope) -> ScopeStatus:
         """Return the state of a scope."""
@@ -88,18 +110,19 @@ class Vdsa:
 
         return self._loop.call(status())
 
-    def write_times(self, scope: Scope, after_ns: int, until_ns: int) -> NDArray[np.uint64]:
+    def write_times(self, target: TargetOrders, after_ns: int, until_ns: int) -> NDArray[np.uint64]:
         """Return the times, ascending and each once, of all writes with `after_ns` < time ≤ `until_ns`."""
-        catalogue = self._loop.call(self._vdsa.catalogue(Scope(*scope)))
-        spans = zip([None, *catalogue.checkpoints], catalogue.checkpoints, strict=False)
+        checkpoints = self.checkpoints(target)
+        spans = zip([None, *checkpoints], checkpoints, strict=False)
         refs = [
             ref
             for before, checkpoint in spans
             if checkpoint.time_ns > after_ns and (before is None or before.time_ns < until_ns)
             for ref in checkpoint.objects
         ]
-        keys = self._keyring.vpg_keys(Scope(*scope))
-        reader = JournalReader(self._store, keys, Scope(*scope), catalogue.checkpoints[-1].generations)
+        scope = target.scope
+        store = self._stores.at(target.store)
+        reader = JournalReader(store, self._keyring.vpg_keys(scope), scope, checkpoints[-1].generations)
         times = [reader.rows(ref)["time_ns"] for ref in refs if ref.rows]
         found = np.unique(np.concatenate(times)) if times else np.empty(0, np.uint64)
         return found[(found > after_ns) & (found <= until_ns)]

@@ -74,7 +74,6 @@ class Demonstration:
         for folder in ("run", "work", "cache", "site"):
             (directory / folder).mkdir(mode=0o700)
         self.settings = NodeSettings(
-            store_url=f"file://{directory}/store",
             keyring=directory / "keyring.json",
             work_dir=directory / "work",
             cache_dir=_cache_dir(directory),
@@ -87,8 +86,13 @@ class Demonstration:
 
     def start_provider(self) -> None:
         """Start Ray, the target VDSA and the pool of idle stacks."""
-        address = f"unix:{self.directory}/run/vdsa.sock"
-        self._provider = LocalProvider(self.settings, SCOPE.target, address, self._stacks)
+        self._provider = LocalProvider(
+            self.settings,
+            f"file://{self.directory}/store",
+            [SCOPE],
+            self.directory / "run" / "vdsa.sock",
+            self._stacks,
+        )
 
     @property
     def provider(self) -> LocalProvider:

@@ -51,7 +51,6 @@ class World:
         for name in ("run", "work", "cache"):
             (folder / name).mkdir(mode=0o700)
         self.settings = NodeSettings(
-            store_url=self.chain.store_url,
             keyring=self.chain.keyring,
             work_dir=folder / "work",
             cache_dir=folder / "cache",
@@ -67,7 +66,7 @@ class World:
             object_store_memory=128 << 20,
         )  # fmt: skip
         self.logs = Path(node.address_info["session_dir"]) / "logs"
-        self.provider = LocalProvider(self.settings, SCOPE.target, self.chain.target_address, STACKS)
+        self.provider = LocalProvider(self.settings, self.chain.store_url, [SCOPE], self.folder / "target.sock", STACKS)
         self.chain.start_source()
         self.chain.start_tap({"d": self.disk})
         for name in ("source", "tap"):
@@ -116,7 +115,7 @@ class Open:
 
     @property
     def pid(self) -> int:
-        return int(ray.get(self.stack._actor.ready.remote()))
+        return int(ray.get(self.stack.actor.ready.remote()))
 
     def image(self) -> dict[str, bytes]:
         return {"d": read_disk(self.uri)}
@@ -317,21 +316,21 @@ def test_a_damaged_object_is_an_error_and_nothing_else(world: World) -> None:
     expected = healthy.image()["d"]
     plan = healthy.stack.plan
     # The first synchronisation's object: its blocks are in every image.
-    reader = JournalReader(open_store(world.settings.store_url), world.chain.keys, SCOPE, plan.generations)
+    reader = JournalReader(open_store(world.chain.store_url), world.chain.keys, SCOPE, plan.generations)
     number = plan.generations[0][0]
     index = reader.index(number)
     key = reader.object_key(number)
     assert key.startswith(layout.journal_prefix(SCOPE))
-    path = Path(world.settings.store_url.removeprefix("file://")) / key
+    path = Path(world.chain.store_url.removeprefix("file://")) / key
     sound = path.read_bytes()
     damaged = bytearray(sound)
     damaged[int(index.offset[3]) + int(index.length[3]) // 2] ^= 0x10
     other = world.settings.model_copy(update={"cache_dir": world.folder / "other-cache"})
-    actor: Any = StackActor.remote(other, "damaged")  # type: ignore[attr-defined]
+    actor: Any = StackActor.remote(other)  # type: ignore[attr-defined]
     beside = Reader(healthy)
     try:
         path.write_bytes(damaged)
-        opened = ray.get(actor.open.remote(plan))
+        opened = ray.get(actor.open.remote("damaged", plan, world.chain.store_url))
         wrong = []
         with NbdClient.connect(opened.uris["d"][0]) as client:
             for block in range(SIZE // BLOCK_SIZE):
