@@ -1,0 +1,80 @@
+"""Operations that recover: failover, and recovery tests at many times."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+
+from dr_cloud.api.deps import IdPart, Linked, Manager, NamePart, OnlyOnce, Tenant, Who, part
+from dr_cloud.model import cloud as c
+from dr_cloud.model.provider import Name
+from dr_cloud.model.task import Task
+
+router = APIRouter()
+_VPG = "/enterprises/{enterprise}/vpgs/{vpg}"
+_TESTS = "/enterprises/{enterprise}/tests"
+
+
+class TestQuery(c.PageRequest):
+    """Which recovery tests are wanted. Newest first."""
+
+    __test__ = False
+    vpg: Name | None = None
+
+
+class Discarded(BaseModel):
+    """How much was forgotten."""
+
+    discarded: int
+
+
+@router.post(_VPG + "/failover", status_code=202, tags=["failover"])
+def failover(
+    cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart, body: c.FailoverRequest
+) -> Task:
+    """Fail over to a checkpoint, a time or the latest; with or without reverse replication."""
+    return once.task(lambda: cloud.failover(who, enterprise, vpg, body))
+
+
+@router.delete(_VPG + "/failover", status_code=202, tags=["failover"])
+def rollback_failover(cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart) -> Task:
+    """Roll a failover back: the recovered disks and what was written to them are gone, protection goes on."""
+    return once.task(lambda: cloud.rollback_failover(who, enterprise, vpg))
+
+
+@router.post(_VPG + "/tests", status_code=202, tags=["recovery tests"])
+def start_tests(
+    cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart, body: c.TestsRequest
+) -> Task:
+    """Start recovery tests, one at each of the times, all at once."""
+    return once.task(lambda: cloud.start_tests(who, enterprise, vpg, body))
+
+
+@router.delete(_VPG + "/tests", tags=["recovery tests"])
+def discard_tests(
+    cloud: Manager, who: Who, enterprise: Tenant, vpg: NamePart, count: Annotated[int, Query(ge=1, le=1_000_000)]
+) -> Discarded:
+    """Forget the oldest `count` tests that have ended."""
+    return Discarded(discarded=cloud.discard_tests(who, enterprise, vpg, count))
+
+
+@router.get(_TESTS, tags=["recovery tests"])
+def tests(
+    cloud: Manager, who: Who, enterprise: Tenant, query: Annotated[TestQuery, Query()], links: Linked
+) -> c.Page[c.RecoveryTest]:
+    """List recovery tests and what came of them."""
+    return links.of(cloud.tests(who, enterprise, query.vpg, part(query, c.PageRequest)))
+
+
+@router.get(_TESTS + "/{test}", tags=["recovery tests"])
+def test(cloud: Manager, who: Who, enterprise: Tenant, test: IdPart) -> c.RecoveryTest:
+    """Show one recovery test (FailoverTestInfo): its time, where its disks are served, its verdict."""
+    return cloud.test(who, enterprise, test)
+
+
+@router.post(_TESTS + "/{test}/stop", status_code=202, tags=["recovery tests"])
+def stop_test(cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, test: IdPart, body: c.StopTest) -> Task:
+    """Stop one test, leave the others as they are, and mark it passed or failed."""
+    return once.task(lambda: cloud.stop_test(who, enterprise, test, body))
