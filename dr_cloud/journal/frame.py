@@ -71,21 +71,27 @@ FRAME_BLOCKS_MAX: Final = 1 << 12
 FRAME_BYTES_MAX: Final = 32 << 20
 _COLUMNS_NONCE: Final = 0xFFFF_FFFF
 _NONCE: Final = struct.Struct("<QI")
-_local = threading.local()
+LEVEL: Final = 1
+"""The usual level of zstd. A frame may be sealed with any; a reader need not know which."""
 
 
-def _zstd() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
-    """Return this thread's contexts: they are not safe to share, and costly to make per call."""
-    try:
-        return _local.zstd  # type: ignore[no-any-return]
-    except AttributeError:
-        _local.zstd = (zstandard.ZstdCompressor(level=1, write_checksum=False), zstandard.ZstdDecompressor())
-        return _local.zstd  # type: ignore[no-any-return]
+class _Contexts(threading.local):
+    """A thread's own contexts: they are not safe to share, and costly to make per call."""
+
+    def __init__(self) -> None:
+        self.compressors: dict[int, zstandard.ZstdCompressor] = {}
+        self.decompressor = zstandard.ZstdDecompressor()
 
 
-def compress(data: Buffer) -> bytes:
-    """Return zstd level 1 of `data`, with its length in the head."""
-    return _zstd()[0].compress(data)
+_contexts = _Contexts()
+
+
+def compress(data: Buffer, level: int = LEVEL) -> bytes:
+    """Return zstd of `data`, with its length in the head."""
+    compressor = _contexts.compressors.get(level)
+    if compressor is None:
+        compressor = _contexts.compressors[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
+    return compressor.compress(data)
 
 
 def decompress(data: Buffer, size_bytes: int) -> bytes:
@@ -93,7 +99,7 @@ def decompress(data: Buffer, size_bytes: int) -> bytes:
     try:
         if zstandard.frame_content_size(data) != size_bytes:
             raise DamagedError("compressed data of another length than told")
-        return _zstd()[1].decompress(data, max_output_size=size_bytes)
+        return _contexts.decompressor.decompress(data, max_output_size=size_bytes)
     except zstandard.ZstdError as error:
         raise DamagedError(f"compressed data cannot be read: {error}") from error
 
@@ -146,7 +152,13 @@ def group_sizes(block_count: int) -> list[int]:
 
 
 def seal_frame(
-    keys: VpgKeys, stream: bytes, number: int, columns: Columns, blocks: Sequence[Buffer], digests: bytes
+    keys: VpgKeys,
+    stream: bytes,
+    number: int,
+    columns: Columns,
+    blocks: Sequence[Buffer],
+    digests: bytes,
+    level: int = LEVEL,
 ) -> list[bytes]:
     """Seal one frame; its parts, to be sent one after another, are returned.
 
@@ -157,6 +169,7 @@ def seal_frame(
         columns: `COLUMN_DTYPE`, in stream order; `ref` is 0, `LOCAL_BIT | k` for `blocks[k]`, or a loc.
         blocks: The new blocks, 4096 bytes each.
         digests: 16 bytes for each of `blocks`.
+        level: Of zstd, for the blocks.
     """
     if len(digests) != DIGEST_BYTES * len(blocks):
         raise ValueError("one digest per new block")
@@ -166,7 +179,7 @@ def seal_frame(
         plain = b"".join(blocks[group * GROUP_BLOCKS : group * GROUP_BLOCKS + size])
         if len(plain) != size * BLOCK_SIZE:
             raise ValueError(f"a block has {BLOCK_SIZE} bytes")
-        packed = compress(plain)
+        packed = compress(plain, level)
         body = packed if len(packed) < len(plain) else plain
         groups.append(cipher.encrypt(_NONCE.pack(number, group), body, _scope_data(keys, bytes([size]))))
     entries = pack_fields(columns, ("sequence", "time_ns", "block"))

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,7 @@ from dr_cloud.journal.keyframe import Keyframe, read_keyframe, seal_keyframe
 from dr_cloud.journal.objects import ROW_DTYPE, seal_object
 from dr_cloud.journal.reader import JournalReader
 from dr_cloud.journal.replica import Locs, RegionKey, ReplicaMap
-from dr_cloud.model.blocks import LOCAL_BIT, make_loc
+from dr_cloud.model.blocks import LOCAL_BIT, blocks_of, make_loc
 from dr_cloud.model.errors import DamagedError, DrCloudError, FencedError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, CheckpointKind, Disk, KeyframeRef, ObjectRef
@@ -177,6 +177,7 @@ class JournalWriter:
                     self.catalogue.add(checkpoint)
         self.catalogue.add(opening)
         self.cuts: dict[str, int] = dict(opening.cuts)
+        self._cuts: dict[str, int] = dict(opening.cuts)
         self.disks: list[Disk] = list(opening.disks)
         self._object_number = used + 1
         self._last = opening
@@ -214,11 +215,37 @@ class JournalWriter:
         return self._frame_bytes + self._waiting_entries * _ENTRY_BYTES
 
     def set_disks(self, disks: Sequence[Disk]) -> None:
-        """Make `disks` the disks from the next cut on. An index stands for one disk for ever."""
-        indexes = [disk.index for disk in disks]
-        if len(set(indexes)) != len(indexes):
+        """Make `disks` the disks from the next cut on. An index stands for one disk for ever.
+
+        What a disk loses (it shrinks, or is not in the list any more) are holes from then on; earlier times keep it.
+        """
+        sizes = {disk.index: blocks_of(disk.size_bytes) for disk in disks}
+        if len(sizes) != len(disks):
             raise DrCloudError(f"two disks of {self.scope.prefix} have one index", "Give each disk its own index.")
+        for disk in self.disks:
+            before, after = blocks_of(disk.size_bytes), sizes.get(disk.index, 0)
+            if after < before:
+                self._truncate(disk.index, after, before - after)
         self.disks = sorted(disks, key=lambda disk: disk.index)
+
+    def _truncate(self, disk: int, first: int, count: int) -> None:
+        """Forget entries that wait behind the new end, and make a hole of what was there at the last cut."""
+        for at, columns in enumerate(self._waiting):
+            here = columns["disk"] == disk
+            kept = columns[~here | (columns["block"] < first)].copy()
+            inside = kept["disk"] == disk
+            kept["count"][inside] = np.minimum(kept["count"][inside], first - kept["block"][inside])
+            self._waiting[at] = kept
+        hole = np.zeros(1, COLUMN_DTYPE)
+        # A time that has passed: the next cut makes it the first time after the last one.
+        hole["disk"], hole["block"], hole["count"] = disk, first, count
+        self._waiting.append(hole)
+        self._waiting_entries = sum(map(len, self._waiting))
+
+    def forget_taps(self, taps: Iterable[str]) -> None:
+        """Name these taps in no later checkpoint's `cuts`, unless they come back."""
+        for tap in taps:
+            self._cuts.pop(tap, None)
 
     def known(self, digests: bytes) -> NDArray[np.uint64]:
         """Return for each 16-byte digest the loc of a durable copy, or 0."""
@@ -306,6 +333,7 @@ class JournalWriter:
             rows=len(rows),
         )
         before = self._last
+        self._cuts.update(cuts)
         exact = exact and before.testable
         checkpoint = Checkpoint(
             number=before.number + 1,
@@ -318,7 +346,7 @@ class JournalWriter:
             tag=tag,
             description=description,
             request=request,
-            cuts={**before.cuts, **cuts},
+            cuts=dict(self._cuts),
             disks=self.disks,
             objects=[ref] if has_object else [],
             rows_before=self._rows_total,

@@ -48,6 +48,7 @@ OFFER_DIGESTS_MAX: Final = 4096
 FRAME_BYTES_MAX: Final = 8 << 20
 CONNECTIONS_MAX: Final = 64
 TAPS_MAX: Final = 1024
+DISKS_MAX: Final = 4096
 SMALL_TEXT_BYTES_MAX: Final = 64 << 10
 TEXT_BYTES_MAX: Final = 1 << 20
 TAG_LENGTH_MAX: Final = 256
@@ -92,15 +93,17 @@ class TapDisks(_Message):
     """One tap of the VPG and its disks."""
 
     tap: TapId
-    disks: list[Disk] = Field(max_length=1024)
+    disks: list[Disk] = Field(max_length=DISKS_MAX)
 
 
 class Taps(_Message):
-    """Item: all taps that frames after this one may name. A tap keeps its place in the list as long as the stream."""
+    """Item: all taps that frames after this one may name by their place, and all disks of the VPG from here on."""
 
     type: Literal["taps"] = "taps"
     number: _U63
     taps: list[TapDisks] = Field(max_length=TAPS_MAX)
+    gone: list[TapId] = Field(default=[], max_length=TAPS_MAX)
+    """Taps that have left for good: what the journal holds of them is no base for their bitmaps any more."""
 
 
 class CheckpointItem(_Message):
@@ -146,6 +149,12 @@ class Welcome(_Message):
     """Time of the newest cut: later writes must carry later times."""
     credit_bytes: int = Field(gt=0)
     """How many bytes of frames may be sent and not yet durable."""
+    cuts: dict[TapId, _U63] = Field(default={}, max_length=TAPS_MAX)
+    """The last sequence of each tap that the journal holds."""
+    disks: list[Disk] = Field(default=[], max_length=DISKS_MAX)
+    """The disks that the journal holds now."""
+    testable_ns: _U63 = 0
+    """The latest time that has an image; 0 if there is none."""
 
 
 class Durable(_Message):

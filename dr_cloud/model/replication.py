@@ -47,6 +47,8 @@ class SourceOrders(_Record):
     checkpoint_seconds: float = Field(default=5.0, gt=0)
     order: Order = "barrier"
     throttle: Throttle = Throttle()
+    sync_number: int = Field(default=0, ge=0)
+    """Raised to have every block of every disk sent again."""
     paused: str = ""
     """Why it is paused; the taps go on by bitmap. Empty: it runs."""
 

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dr_cloud.journal.frame import COLUMN_DTYPE, seal_frame
+from dr_cloud.journal.frame import COLUMN_DTYPE, LEVEL, seal_frame
 from dr_cloud.link.messages import FRAME, data_head
 from dr_cloud.model.blocks import BLOCK_SIZE, HOLE, LOCAL_BIT
 from dr_cloud.seal.keys import DIGEST_BYTES, VpgKeys
@@ -96,7 +96,9 @@ def prepare(keys: VpgKeys, batch: Batch) -> Prepared:
     return Prepared(columns, blocks, b"".join(places))
 
 
-def seal(keys: VpgKeys, stream: bytes, number: int, prepared: Prepared, locs: NDArray[np.uint64]) -> list[bytes]:
+def seal(
+    keys: VpgKeys, stream: bytes, number: int, prepared: Prepared, locs: NDArray[np.uint64], level: int = LEVEL
+) -> list[bytes]:
     """Return, in parts, the frame message of item `number`. `locs` has the target's loc of each block, 0 if unknown."""
     columns, blocks, digests = prepared
     if locs.any():
@@ -107,4 +109,4 @@ def seal(keys: VpgKeys, stream: bytes, number: int, prepared: Prepared, locs: ND
         kept = np.flatnonzero(new).tolist()
         blocks = [blocks[k] for k in kept]
         digests = b"".join(digests[k * DIGEST_BYTES : (k + 1) * DIGEST_BYTES] for k in kept)
-    return [data_head(FRAME, number), *seal_frame(keys, stream, number, columns, blocks, digests)]
+    return [data_head(FRAME, number), *seal_frame(keys, stream, number, columns, blocks, digests, level)]

@@ -113,6 +113,9 @@ class TargetCore:
             received=self.received,
             time_ns=self._last_ns,
             credit_bytes=CREDIT_BYTES,
+            cuts=self.writer.cuts,
+            disks=self.writer.newest.disks,
+            testable_ns=self.catalogue.newest_ns or 0,
         )
 
     def retire(self, code: RefusedCode) -> None:
@@ -170,18 +173,18 @@ class TargetCore:
         return Pending(stream, item, cut)
 
     def _set_taps(self, item: Taps) -> None:
-        """Take the source's list of taps. Disks that are not in it stay: their history does."""
-        disks = {disk.index: disk for disk in self.writer.disks}
-        for tap in item.taps:
-            for disk in tap.disks:
-                known = disks.get(disk.index)
-                if known is not None and known.name != disk.name:
-                    raise DrCloudError(
-                        f"disk index {disk.index} of {self.writer.scope.prefix} is {known.name}, not {disk.name}",
-                        "Give the disk to the tap that had it, or protect it in another VPG.",
-                    )
-                disks[disk.index] = disk
-        self.writer.set_disks(list(disks.values()))
+        """Take the source's list of taps, and with it the disks of the VPG."""
+        known = {disk.index: disk for disk in self.writer.disks}
+        disks = [disk for tap in item.taps for disk in tap.disks]
+        for disk in disks:
+            before = known.get(disk.index)
+            if before is not None and before.name != disk.name:
+                raise DrCloudError(
+                    f"disk index {disk.index} of {self.writer.scope.prefix} is {before.name}, not {disk.name}",
+                    "Give the disk an index of its own.",
+                )
+        self.writer.set_disks(disks)
+        self.writer.forget_taps(item.gone)
         self._taps = [tap.tap for tap in item.taps]
 
     def commit(self, pending: Pending) -> Durable:
