@@ -1,43 +1,45 @@
 """`dr-cloud`: the one command, with a subcommand for each process and each operation.
 
-A subcommand's module is imported when it is asked for: a tap on an enterprise's host carries neither Ray nor an object
-store in its memory.
+Exit codes: 0 done, 1 it failed (one line on stderr says what to do), 2 wrong usage, 3 not allowed.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import Any, Final
+from typing import Final
 
 import typer
-from typer.core import TyperGroup
 
-from dr_cloud.model.errors import DrCloudError
+from dr_cloud.cli.lazy import lazy_group
+from dr_cloud.model.errors import DrCloudError, ForbiddenError
 
 COMMANDS: Final = {
-    "demo": "dr_cloud.cli.demo",
-    "keyring": "dr_cloud.cli.keyring",
-    "tap": "dr_cloud.cli.tap",
-    "vdsa": "dr_cloud.cli.vdsa",
+    name: f"dr_cloud.cli.{name}"
+    for name in (
+        "alert",
+        "audit",
+        "checkpoint",
+        "datacenter",
+        "demo",
+        "enterprise",
+        "failover",
+        "health",
+        "host",
+        "keyring",
+        "logs",
+        "profile",
+        "site",
+        "tap",
+        "task",
+        "test",
+        "token",
+        "vdsa",
+        "vpg",
+    )
 }
+"""By name, the module whose `app` it is."""
 
-
-class _Commands(TyperGroup):
-    """The subcommands, each the `app` of its module."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
-            return None
-        command = typer.main.get_command(importlib.import_module(COMMANDS[cmd_name]).app)
-        command.name = cmd_name
-        return command
-
-
-app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=lazy_group(COMMANDS), no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -46,12 +48,12 @@ def _describe() -> None:
 
 
 def main() -> None:
-    """Run the command; an operating error is one line on stderr that says what to do, and exit code 1."""
+    """Run the command; an operating error is one line on stderr that says what to do, and exit code 1 or 3."""
     try:
         app()
     except DrCloudError as error:
         print(f"dr-cloud: {error}. {error.remedy}".rstrip(), file=sys.stderr)
-        sys.exit(1)
+        sys.exit(3 if isinstance(error, ForbiddenError) else 1)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from dr_cloud.cli.lazy import group
 from dr_cloud.cli.output import Json, Output
 from dr_cloud.cli.profiles import Profile, Profiles
 from dr_cloud.client.session import tls_context
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import check_name
 
-app = typer.Typer(help="Providers that are known here, each with a token.", no_args_is_help=True)
+app = group("Providers that are known here, each with a token.")
 _Name = Annotated[str, typer.Argument(help="The profile.", autocompletion=lambda: sorted(Profiles.load().profiles))]
 
 

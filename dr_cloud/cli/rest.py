@@ -7,17 +7,20 @@ that each group says only what is its own.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from pydantic import ValidationError
 
 from dr_cloud.cli.output import Json, Output
 from dr_cloud.cli.profiles import Profiles
 from dr_cloud.client.client import Client
-from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.errors import DrCloudError, InvalidError, LimitError
 from dr_cloud.model.task import CompletionCode, Task
-from dr_cloud.model.units import format_time, parse_time
+from dr_cloud.model.units import parse_time
 
 _Profile = Annotated[
     str,
@@ -45,6 +48,21 @@ def time_or_none(text: str) -> int | None:
     return parse_time(text) if text else None
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Write a new file that only its owner can read. Raises `DrCloudError` if it is there already."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise DrCloudError(f"{path} cannot be written: {error.strerror}", "Name a new file.") from None
+
+
+def check_new(path: Path | None) -> None:
+    """Raise `DrCloudError` if a file that is to be written is there already, before anything is done for it."""
+    if path is not None and (path.exists() or not path.parent.is_dir()):
+        raise DrCloudError(f"{path} cannot be a new file", "Name one that is not there, in a folder that is.")
+
+
 class Call:
     """One command's way to the provider and to what it prints."""
 
@@ -53,27 +71,23 @@ class Call:
         self.out = Output(as_json)
         self.client = Client(known.url, known.token, ca_pem=known.ca, enterprise=enterprise or known.enterprise)
 
-    def task(self, task: Task, *, no_wait: bool, done: str = "") -> Task:
-        """Wait for a task, print it, and fail as it failed."""
-        if no_wait:
-            self.out.said(task, f"task {task.id}: {task.type}")
-            return task
+    def wait(self, task: Task, timeout_seconds: float = _WAIT_SECONDS_MAX, poll_seconds: float = 0.5) -> Task:
+        """Wait until a task has ended, with a bar on a terminal. Raises `DrCloudError` if it failed or takes longer."""
         with self.out.progress(task.type) as show:
-            ended = self.client.wait_task(
-                task.id, timeout_seconds=_WAIT_SECONDS_MAX, on_progress=lambda seen: show(seen.progress)
-            )
-        self.ended(ended, done)
+            ended = self.client.wait_task(task.id, timeout_seconds, poll_seconds, lambda seen: show(seen.progress))
+        what = f"task {task.id} ({task.type})"
+        if ended.completion is CompletionCode.NOT_AVAILABLE:
+            raise LimitError(f"{what} has not ended in time", f"Wait again: dr-cloud task wait {task.id}")
+        if ended.completion is not CompletionCode.SUCCESS:
+            raise DrCloudError(f"{what} ended {ended.completion.value}: {ended.exception or 'no reason'}", ended.remedy)
         return ended
 
-    def ended(self, task: Task, done: str = "") -> None:
-        """Print a task that has ended; raise what it failed with."""
-        if task.completion is not CompletionCode.SUCCESS:
-            if self.out.as_json:
-                self.out.json(task.model_dump(mode="json"))
-            reason = task.exception or task.completion.value
-            raise DrCloudError(f"task {task.id} ({task.type}) ended {task.completion.value}: {reason}", task.remedy)
-        at = f" at {format_time(task.ended_ns)}" if task.ended_ns else ""
-        self.out.said(task, done or f"task {task.id} ({task.type}) is done{at}")
+    def task(self, task: Task, *, no_wait: bool, done: str) -> None:
+        """Print a task, once it has ended or at once."""
+        if no_wait:
+            self.out.said(task, f"task {task.id} ({task.type}) is begun")
+        else:
+            self.out.said(self.wait(task), done)
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -95,6 +109,10 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
             call = Call(profile, in_enterprise, as_json)
             try:
                 function(call, **given)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                where = ".".join(str(part) for part in first["loc"]) or error.title
+                raise InvalidError(f"{where}: {first['msg']}", "See what the command takes: --help.") from None
             finally:
                 call.client.close()
 
