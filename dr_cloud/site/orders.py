@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dr_cloud.model.errors import DrCloudError, ProtocolError
 from dr_cloud.model.ids import Scope
@@ -130,8 +130,3 @@ def refused_target(scope: Scope, problem: str) -> TargetReport:
     return TargetReport(
         scope=scope, generation=0, connections=0, newest=None, horizon_ns=None, newest_ns=None, problem=problem
     )
-
-
-def state_of(report: BaseModel, figures: set[str]) -> str:
-    """Return a report without its figures: a change of it is worth telling at once."""
-    return report.model_dump_json(exclude=figures)
