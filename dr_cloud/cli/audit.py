@@ -11,4 +11,4 @@ app = group("What was changed, or tried to be, and by whom.")
 @command(app, "list")
 def list_entries(call: Call) -> None:
     """List the audit log."""
-    call.out.rows(call.client.audit(), "number at_ns principal_name role enterprise operation subject outcome reason")
+    call.out.rows(call.client.audit(), "at_ns principal_name role enterprise operation subject outcome reason")

@@ -7,11 +7,14 @@ that each group says only what is its own.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import structlog
 import typer
 from pydantic import ValidationError
 
@@ -106,6 +109,9 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
         ]
 
         def run(*, profile: str, in_enterprise: str, as_json: bool, **given: Any) -> None:
+            # Standard output belongs to the answer; a request that is tried again is no news.
+            quiet = structlog.make_filtering_bound_logger(logging.ERROR)
+            structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr), wrapper_class=quiet)
             call = Call(profile, in_enterprise, as_json)
             try:
                 function(call, **given)
