@@ -40,6 +40,8 @@ log = structlog.get_logger(__name__)
 HANDSHAKE_SECONDS_MAX: Final = 10.0
 CONNECTIONS_MAX: Final = 1024
 GRACE_SECONDS: Final = 5.0
+SEND_BUFFER_BYTES: Final = 2 << 20
+"""Asked of the kernel for a unix socket; it gives no more than its limit."""
 _GREETER_BYTES: Final = 64 << 10
 _CREDENTIALS: Final = struct.Struct("3i")
 
@@ -304,6 +306,8 @@ class _Greeter(asyncio.BufferedProtocol):
 def _peer_of(transport: asyncio.Transport) -> Peer:
     opened = transport.get_extra_info("socket")
     if opened.family == socket.AF_UNIX:
+        # A large reply then leaves in one call. (TCP finds its own size.)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         pid, uid, gid = _CREDENTIALS.unpack(opened.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         return Peer("unix", pid, uid, gid)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
