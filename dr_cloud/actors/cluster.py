@@ -30,6 +30,10 @@ LOCAL: Final = "local"
 _OBJECT_STORE_BYTES: Final = 256 << 20
 """Ray carries control only, no disk data."""
 ANSWER_SECONDS: Final = 30.0
+UNHEARD_SECONDS: Final = 10.0
+"""For calls that take a moment and may be made again."""
+START_SECONDS: Final = 120.0
+"""For actors that may have to be started first, on a machine that is busy."""
 _PAUSE_SECONDS: Final = 0.2
 _CALLS_AT_ONCE: Final = 16
 """An actor's methods run in threads; what they share is on one event loop or under a lock."""
@@ -86,6 +90,12 @@ def at_data_center(data_center: str) -> dict[str, str]:
 def in_jurisdiction(jurisdiction: str) -> dict[str, str]:
     """Return the labels of the nodes that lie in a jurisdiction."""
     return {"jurisdiction": jurisdiction}
+
+
+def node_address() -> str:
+    """Return the address of this node, by which actors on others reach it."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def start_ray(address: str, provider: str) -> Placement:

@@ -1,38 +1,59 @@
 """The `Vdsa` actor: the VDSA of one of the provider's hosts.
 
 Purpose
-    As a target it takes in the streams of the scopes it was told to serve, each into its own store. Who tells it is
-    whoever opens a connection to it or asks for a plan (`admit`), and the manager's orders.
+    As a target it takes in the streams of the scopes it was told to serve, each into its own store. Who tells it is the
+    manager: by its orders, and whenever a door asks where a scope's target is (`admit`).
+
+Orders
+    Fetched when they change and every ten seconds; what they no longer name is let go. A report goes to the manager
+    every two seconds, and after a change. While the manager is away it goes on as it is.
 
 Crash recovery
-    Ray restarts it when it dies. It then comes up with nothing: each scope is admitted and opened again by its source's
-    next hello, recovers from the store, and claims a new generation. Nothing that was acknowledged is lost, and a
-    former self that still ran somewhere would be fenced.
+    Ray restarts it when it dies. It then serves the targets it served before (a small file tells), and opens each at
+    its source's next hello: recovered from the store, with a new generation. Nothing that was acknowledged is lost, and
+    a former self that still ran somewhere would be fenced.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import ray
+import structlog
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
+from dr_cloud.actors.cluster import UNHEARD_SECONDS, answer, node_address
 from dr_cloud.actors.inner import Inner
+from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.node import LoopThread, NodeSettings, Stores
+from dr_cloud.actors.settings import MANAGER, ProviderSettings
 from dr_cloud.journal.reader import JournalReader
-from dr_cloud.model.errors import NotFoundError
+from dr_cloud.model.errors import DrCloudError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan
-from dr_cloud.model.replication import TargetOrders
+from dr_cloud.model.replication import HostReport, SiteOrders, SiteReport, TargetOrders
+from dr_cloud.seal.identity import replace_file
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.store import Store
 from dr_cloud.tap.memory import keep_freed_memory
 from dr_cloud.vdsa.scope import ScopeStatus
 from dr_cloud.vdsa.target_io import TargetVdsa
+
+REPORT_SECONDS: Final = 2.0
+ORDERS_SECONDS: Final = 10.0
+Place = tuple[str, str, str | None]
+"""Data center, host, and the enterprise if it serves one alone."""
+_TARGETS: Final = TypeAdapter(list[TargetOrders])
+
+_log = structlog.get_logger(__name__)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=3, num_cpus=0)
@@ -40,7 +61,13 @@ class Vdsa:
     """One VDSA. Methods may be tried again after a restart: each is safe to repeat."""
 
     def __init__(
-        self, settings: NodeSettings, name: str, targets: Sequence[TargetOrders] = (), socket: Path | None = None
+        self,
+        settings: NodeSettings,
+        name: str,
+        targets: Sequence[TargetOrders] = (),
+        socket: Path | None = None,
+        provider: ProviderSettings | None = None,
+        place: Place | None = None,
     ) -> None:
         """Serve sources.
 
@@ -49,22 +76,39 @@ class Vdsa:
             name: The actor's name, unique in the provider.
             targets: What to serve from the start, also after a restart.
             socket: Where sources connect, if not where the name leads; the same after a restart.
+            provider: The provider, if there is a manager whose orders it follows.
+            place: Whose orders these are.
         """
         keep_freed_memory()
         settings.make_folders()
+        if provider is not None:
+            self._log_files = start_log(provider, name)
+        self._settings = settings
+        self._name = name
+        self._provider = provider
+        self._place = place
         self._stores = Stores()
         self._keyring = Keyring.open(settings.keyring)
-        self._inner = Inner()
-        self._targets = {target.scope: target for target in targets}
+        self._kept = settings.socket(name).with_suffix(".targets")
+        self._targets = {target.scope: target for target in [*self._recalled(), *targets]}
+        self._orders = SiteOrders(revision=0, hosts=[])
+        self._manager: Any = None
         self._loop = LoopThread("vdsa")
-        work_dir = settings.work_dir / "digests"
-        self._vdsa, self._server, self._address = self._loop.call(
-            self._start(work_dir, socket or settings.socket(name))
-        )
+        self._loop.call(self._start(socket or settings.socket(name)))
 
-    async def _start(self, work_dir: Path, socket: Path) -> tuple[TargetVdsa, asyncio.Server, str]:
-        vdsa = TargetVdsa(self._keyring, work_dir, self._store)
-        return vdsa, *await self._inner.listen(socket, vdsa.serve)
+    async def _start(self, socket: Path) -> None:
+        self._changed = asyncio.Event()
+        self._vdsa = TargetVdsa(self._keyring, self._settings.work_dir / "digests", self._store)
+        inner = await asyncio.to_thread(self._inner)
+        self._server, self._address = await inner.listen(socket, self._vdsa.serve)
+        if self._provider is not None:
+            self._following = asyncio.create_task(self._follow_for_ever(), name="follow")
+
+    def _inner(self) -> Inner:
+        if self._provider is None or self._provider.placement.local:
+            return Inner()
+        address = node_address()
+        return Inner(address, self._provider.credentials("vdsa", [address]))
 
     def _store(self, scope: Scope) -> Store:
         target = self._targets.get(scope)
@@ -72,24 +116,116 @@ class Vdsa:
             raise NotFoundError(f"{scope.prefix} is not served here", "Ask the manager where its target is.")
         return self._stores.at(target.store)
 
-    def process(self) -> int:
-        """Return the process id."""
-        return os.getpid()
+    # What it is to serve.
+
+    def _recalled(self) -> list[TargetOrders]:
+        try:
+            return _TARGETS.validate_json(self._kept.read_bytes())
+        except FileNotFoundError:
+            return []
+        except ValidationError as error:
+            _log.warning("vdsa.targets_forgotten", reason=str(error))
+            return []
+
+    def _keep(self) -> None:
+        replace_file(self._kept, _TARGETS.dump_json(list(self._targets.values())).decode(), 0o600)
 
     def admit(self, targets: Sequence[TargetOrders]) -> str:
         """Serve these scopes too; return where sources connect (`dr_cloud.actors.inner`)."""
 
         async def admit() -> str:
-            self._targets.update((target.scope, target) for target in targets)
+            fresh = {target.scope: target for target in targets if self._targets.get(target.scope) != target}
+            if fresh:
+                self._targets |= fresh
+                self._keep()
             return self._address
 
         return self._loop.call(admit())
+
+    def orders_changed(self) -> None:
+        """Fetch the orders now."""
+        self._loop.loop.call_soon_threadsafe(self._changed.set)
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        assert self._provider is not None
+        try:
+            if self._manager is None:
+                self._manager = await asyncio.to_thread(self._provider.placement.find, MANAGER)
+            return await answer(getattr(self._manager, method).remote(*arguments), "the manager", UNHEARD_SECONDS)
+        except UnavailableError:
+            self._manager = None
+            raise
+
+    async def _follow_for_ever(self) -> None:
+        fetched = 0.0
+        self._changed.set()
+        while True:
+            due = time.monotonic() - fetched > ORDERS_SECONDS
+            try:
+                if due or self._changed.is_set():
+                    self._changed.clear()
+                    await self._follow()
+                    fetched = time.monotonic()
+                await self._report()
+            except DrCloudError as error:
+                _log.info("vdsa.manager_away", reason=str(error))
+            except Exception:
+                _log.exception("vdsa.follow")
+            try:
+                await asyncio.wait_for(self._changed.wait(), REPORT_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def _follow(self) -> None:
+        assert self._place is not None
+        orders: SiteOrders = await self._ask("host_orders", *self._place)
+        wanted = {target.scope: target for target in orders.targets}
+        gone = [scope for scope in self._targets if scope not in wanted]
+        if wanted != self._targets:
+            self._targets = wanted
+            self._keep()
+        for scope in gone:
+            await self._vdsa.release(scope)
+        if orders.revision != self._orders.revision:
+            _log.info("vdsa.orders", revision=orders.revision, targets=len(orders.targets), released=len(gone))
+        self._orders = orders
+
+    async def _report(self) -> None:
+        assert self._place is not None
+        data_center, host, _ = self._place
+        report = SiteReport(
+            revision=self._orders.revision,
+            time_ns=time.time_ns(),
+            version=version("dr-cloud"),
+            hosts=[HostReport(host=host, vdsa="installed")],
+            targets=self._vdsa.reports(),
+        )
+        await self._ask("host_report", data_center, host, report)
+
+    # What is asked of it.
+
+    def process(self) -> int:
+        """Return the process id."""
+        return os.getpid()
 
     def plans(self, target: TargetOrders, times_ns: Sequence[int]) -> list[ImagePlan]:
         """Return the plans of many images of one scope. Raises `TimeOutOfRangeError`."""
         self.admit([target])
         catalogue = self._loop.call(self._vdsa.catalogue(target.scope))
         return [catalogue.plan(at_ns) for at_ns in times_ns]
+
+    def plans_or_errors(self, target: TargetOrders, times_ns: Sequence[int]) -> list[ImagePlan | DrCloudError]:
+        """Return the plan of each image, or why there is none."""
+        self.admit([target])
+        catalogue = self._loop.call(self._vdsa.catalogue(target.scope))
+
+        def plan(at_ns: int) -> ImagePlan | DrCloudError:
+            try:
+                return catalogue.plan(at_ns)
+            except DrCloudError as error:
+                return error
+
+        return [plan(at_ns) for at_ns in times_ns]
 
     def checkpoints(self, target: TargetOrders) -> list[Checkpoint]:
         """Return every checkpoint of a scope, ascending."""
@@ -131,6 +267,8 @@ class Vdsa:
         """Finish what is under way and close; the actor is of no use afterwards."""
 
         async def stop() -> None:
+            if self._provider is not None:
+                self._following.cancel()
             self._server.close()
             await asyncio.wait_for(self._vdsa.close(), 30.0)
 

@@ -1,0 +1,331 @@
+"""`dr_cloud.manager.fabric.Fabric` over Ray: connectors, VDSAs and stacks by their actors' names.
+
+Everything is found by name, so that a manager that restarts finds what runs. An actor that is dead, restarts or has no
+node is an `UnavailableError` after a while, never a wait without end.
+
+Files
+    `ports.json` in the state folder: each enterprise's port, once given never given to another while it is registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import ray
+import structlog
+
+from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, ask, ask_again, at_data_center, in_jurisdiction
+from dr_cloud.actors.gate import LOGS_SECONDS, Target
+from dr_cloud.actors.logs import provider_archive
+from dr_cloud.actors.pool import StackPool
+from dr_cloud.actors.settings import ProviderSettings
+from dr_cloud.actors.stack import OpenedStack
+from dr_cloud.actors.vdsa import Vdsa
+from dr_cloud.manager.fabric import ServedStack
+from dr_cloud.model.cloud import LogRequest, Route
+from dr_cloud.model.errors import DrCloudError, LimitError, UnavailableError
+from dr_cloud.model.ids import Scope
+from dr_cloud.model.journal import Checkpoint, ImagePlan
+from dr_cloud.model.replication import LogRequest as SiteLogRequest
+from dr_cloud.model.replication import TargetOrders
+from dr_cloud.seal.identity import replace_file
+from dr_cloud.stack.stack import StackStatistics
+
+PLAN_SECONDS: Final = 60.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Ports:
+    """Which port is whose connector's."""
+
+    def __init__(self, settings: ProviderSettings) -> None:
+        """Read what was given before."""
+        self._path = settings.config.state / "ports.json"
+        self._host = settings.config.link_host
+        self._range = settings.config.link_ports
+        self._lock = threading.Lock()
+
+    def _given(self) -> dict[str, int]:
+        with contextlib.suppress(FileNotFoundError):
+            ports: dict[str, int] = json.loads(self._path.read_text())
+            return ports
+        return {}
+
+    def of(self, enterprise: str) -> int:
+        """Return the port of an enterprise, given now if it has none. Raises `LimitError` if there is none left."""
+        with self._lock:
+            given = self._given()
+            if enterprise not in given:
+                taken = set(given.values())
+                first, last = self._range
+                wanted = [0] if not last else [port for port in range(first, last + 1) if port not in taken]
+                given[enterprise] = self._free(wanted)
+                replace_file(self._path, json.dumps(given, indent=1), 0o600)
+            return given[enterprise]
+
+    def _free(self, wanted: Sequence[int]) -> int:
+        for port in wanted:
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((self._host, port))
+                free: int = probe.getsockname()[1]
+                return free
+        raise LimitError(
+            f"no port from {self._range[0]} to {self._range[1]} is free for another connector",
+            "Widen `link_ports` in the provider's configuration.",
+        )
+
+    def give_back(self, enterprise: str) -> None:
+        """Forget the port of an enterprise that is gone."""
+        with self._lock:
+            given = self._given()
+            if given.pop(enterprise, None) is not None:
+                replace_file(self._path, json.dumps(given, indent=1), 0o600)
+
+
+class RayFabric:
+    """See the module's docstring and the protocol."""
+
+    def __init__(
+        self, settings: ProviderSettings, door: Any, jurisdiction_of: Callable[[str], str], idle_stacks: int
+    ) -> None:
+        """Prepare.
+
+        Args:
+            settings: The provider.
+            door: The actor class of an enterprise's door.
+            jurisdiction_of: Where an enterprise's door may run.
+            idle_stacks: How many stack actors to keep at hand in each data center.
+        """
+        self._settings = settings
+        self._placement = settings.placement
+        self._door = door
+        self._jurisdiction_of = jurisdiction_of
+        self._ports = Ports(settings)
+        self._lock = threading.Lock()
+        self._stacks: dict[str, tuple[OpenedStack, Any, StackPool]] = {}
+        self._pools = {
+            center.name: StackPool(
+                self._placement, settings.node, center.name, idle_stacks, at_data_center(center.name)
+            )
+            for center in settings.config.data_centers
+        }
+
+    def take_over(self) -> None:
+        """Find the stacks of a former manager; start what is to be at hand."""
+        for pool in self._pools.values():
+            for test, (opened, actor) in pool.adopt().items():
+                self._stacks[test] = (opened, actor, pool)
+            pool.refill()
+
+    # Connectors.
+
+    def _connector(self, enterprise: str) -> Any:
+        return self._placement.find(self._settings.connector_name(enterprise))
+
+    def start_connector(self, enterprise: str) -> str:
+        """Make sure that the enterprise's connector runs; return where its sites dial."""
+        port = self._ports.of(enterprise)
+        options = self._placement.options(
+            self._settings.connector_name(enterprise), in_jurisdiction(self._jurisdiction_of(enterprise))
+        )
+        self._door.options(**options).remote(self._settings, enterprise, port)
+        return f"wss://{self._settings.config.link_host}:{port}/link"
+
+    def stop_connector(self, enterprise: str) -> None:
+        """End the enterprise's connector, with all its links."""
+        with contextlib.suppress(DrCloudError):
+            ask(self._connector(enterprise).stop.remote(), "the connector", UNHEARD_SECONDS)
+        self._placement.end(self._settings.connector_name(enterprise))
+        self._ports.give_back(enterprise)
+        for pool in self._pools.values():
+            pool.forget(enterprise)
+
+    def disconnect(self, enterprise: str, site: str) -> None:
+        """Close the links of this site at once."""
+        ask_again(lambda: self._connector(enterprise).disconnect.remote(site), "the connector", UNHEARD_SECONDS)
+
+    def orders_changed(self, enterprise: str, site: str) -> None:
+        """Tell the site's connector to fetch and send on its orders."""
+        self._connector(enterprise).orders_changed.remote(site)
+
+    # VDSAs.
+
+    def _vdsa(self, data_center: str, host: str, enterprise: str) -> Any:
+        """Return the VDSA of a host for an enterprise, started if it does not run."""
+        name = self._settings.vdsa_name(data_center, host, enterprise)
+        options = self._placement.options(name, at_data_center(data_center))
+        whose = enterprise if self._settings.vdsa_per_enterprise else None
+        return Vdsa.options(**options).remote(  # type: ignore[attr-defined]
+            self._settings.node, name, provider=self._settings, place=(data_center, host, whose)
+        )
+
+    def target(self, route: Route) -> Target:
+        """Make the target of a scope ready to serve; return where it is."""
+        scope = route.scope
+        if route.kind == "site":
+            address = ask_again(lambda: self._connector(scope.enterprise).ready.remote(), "the connector")
+        else:
+            vdsa = self._vdsa(route.site, route.host, scope.enterprise)
+            address = ask_again(lambda: vdsa.admit.remote([_orders(route)]), "the VDSA")
+        return Target(route=route, address=address)
+
+    def _names(self, data_center: str, host: str) -> list[str]:
+        prefix = f"vdsa/{data_center}/{host}/"
+        return [name for name in self._placement.names() if name.startswith(prefix)]
+
+    def host_orders_changed(self, data_center: str, host: str) -> None:
+        """Tell the VDSAs of a data center's host to fetch their orders."""
+        for name in self._names(data_center, host):
+            with contextlib.suppress(UnavailableError):
+                self._placement.find(name).orders_changed.remote()
+
+    def deploy_vdsa(self, data_center: str, host: str) -> None:
+        """Make sure that a VDSA runs on a host. Where each enterprise has its own, it is started when it is needed."""
+        if not self._settings.vdsa_per_enterprise:
+            vdsa = self._vdsa(data_center, host, "")
+            ask_again(lambda: vdsa.process.remote(), f"the VDSA of {host}", START_SECONDS)
+
+    def undeploy_vdsa(self, data_center: str, host: str) -> None:
+        """Make sure that none does."""
+        for name in self._names(data_center, host):
+            with contextlib.suppress(DrCloudError):
+                ask(self._placement.find(name).stop.remote(), name, START_SECONDS)
+            self._placement.end(name)
+
+    def _vdsa_of(self, route: Route) -> Any:
+        if route.kind == "site":
+            raise UnavailableError(
+                f"the journal of {route.scope.vpg} is at site {route.site}, not with the provider",
+                "Look at it, and recover from it, at that site.",
+            )
+        return self._vdsa(route.site, route.host, route.scope.enterprise)
+
+    def checkpoints(self, route: Route) -> Sequence[Checkpoint]:
+        """Return every checkpoint of a scope, ascending."""
+        vdsa = self._vdsa_of(route)
+        found: list[Checkpoint] = ask_again(lambda: vdsa.checkpoints.remote(_orders(route)), "the VDSA", PLAN_SECONDS)
+        return found
+
+    def insert_checkpoint(self, route: Route, request: str, tag: str, description: str) -> None:
+        """Ask the source of a scope for a checkpoint by hand."""
+        vdsa, scope = self._vdsa_of(route), route.scope
+        ask_again(lambda: vdsa.checkpoint.remote(scope, tag, description, None, request), "the VDSA", UNHEARD_SECONDS)
+
+    # Stacks.
+
+    def open_stacks(
+        self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None
+    ) -> Mapping[str, ServedStack | DrCloudError]:
+        """Open a stack at each time, in parallel, in the data center of the scope."""
+        vdsa, pool = self._vdsa_of(route), self._pools[route.site]
+        wanted = {test: at_ns for test, at_ns in times_ns.items() if test not in self._stacks}
+        found: dict[str, ServedStack | DrCloudError] = {
+            test: _served(self._stacks[test][0]) for test in times_ns if test in self._stacks
+        }
+        plans: list[ImagePlan | DrCloudError] = ask_again(
+            lambda: vdsa.plans_or_errors.remote(_orders(route), list(wanted.values())), "the VDSA", PLAN_SECONDS
+        )
+        opening = {}
+        for test, plan in zip(wanted, plans, strict=True):
+            if isinstance(plan, DrCloudError):
+                found[test] = plan
+            else:
+                actor = pool.take(route.scope.enterprise)
+                opening[test] = (plan, actor, actor.open.remote(test, plan, route.store, quota_bytes))
+        pool.refill()
+        for test, (plan, actor, reference) in opening.items():
+            try:
+                opened, actor = self._opened(pool, actor, reference, test, plan, route.store, quota_bytes)
+            except DrCloudError as error:
+                found[test] = error
+            else:
+                with self._lock:
+                    self._stacks[test] = (opened, actor, pool)
+                found[test] = _served(opened)
+        return found
+
+    def _opened(
+        self, pool: StackPool, actor: Any, reference: Any, test: str, plan: ImagePlan, store: str, quota: int | None
+    ) -> tuple[OpenedStack, Any]:
+        """Wait until a stack serves. One that died while it was idle costs no test: a new one takes its place."""
+        try:
+            try:
+                return ask(reference, "the stack", START_SECONDS), actor
+            except UnavailableError as error:
+                if not isinstance(error.__cause__, ray.exceptions.RayActorError):
+                    raise
+                actor = pool.start()
+                return ask(actor.open.remote(test, plan, store, quota), "the stack", START_SECONDS), actor
+        except DrCloudError:
+            pool.end(actor)
+            raise
+
+    def stack_statistics(self, stack: str) -> StackStatistics | None:
+        """Return the counters of an open stack; None if there is no such stack (any more)."""
+        with self._lock:
+            entry = self._stacks.get(stack)
+        if entry is None:
+            return None
+        try:
+            statistics: StackStatistics = ask(entry[1].statistics.remote(), "the stack", UNHEARD_SECONDS)
+        except DrCloudError as error:
+            if not isinstance(error.__cause__, ray.exceptions.RayActorError):
+                raise
+            with self._lock:
+                self._stacks.pop(stack, None)
+            return None
+        return statistics
+
+    def close_stack(self, stack: str) -> StackStatistics | None:
+        """End a stack; return its last counters, None if it was gone already."""
+        with self._lock:
+            entry = self._stacks.pop(stack, None)
+        if entry is None:
+            return None
+        opened, actor, pool = entry
+        try:
+            statistics: StackStatistics = ask(actor.close.remote(), "the stack")
+        except DrCloudError:
+            pool.end(actor)
+            return None
+        pool.give_back(opened.enterprise, actor)
+        return statistics
+
+    # Logs.
+
+    def collect_logs(self, enterprise: str, site: str, request: LogRequest) -> bytes:
+        """Return an archive of the logs of a site; both empty: of the provider's processes."""
+        wanted = SiteLogRequest(
+            id=uuid.uuid4().hex,
+            level=request.level,
+            since_ns=request.since_ns or 0,
+            until_ns=request.until_ns if request.until_ns is not None else 1 << 62,
+            vdsa=request.vdsa,
+            core=request.core,
+        )
+        if not enterprise:
+            return provider_archive(self._settings, wanted)
+        call = self._connector(enterprise).collect_logs.remote(site, wanted)
+        packed: bytes = ask(call, "the connector", LOGS_SECONDS)
+        return packed
+
+    def close(self) -> None:
+        """End idle stacks. What else runs is ended by name."""
+        for pool in self._pools.values():
+            pool.close()
+
+
+def _orders(route: Route) -> TargetOrders:
+    return TargetOrders(scope=Scope(*route.scope), store=route.store)
+
+
+def _served(opened: OpenedStack) -> ServedStack:
+    return ServedStack(at_ns=opened.at_ns, note=opened.note, uris=opened.uris, open_seconds=opened.open_seconds)
