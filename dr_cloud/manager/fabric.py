@@ -93,6 +93,10 @@ class Fabric(Protocol):
         """End a stack, its exports and its write log; return its last counters, None if it was gone already."""
         ...
 
+    def free_bytes(self, data_center: str, datastore: str) -> int | None:
+        """Return how much a datastore can still take; None if it has no bound, or does not tell."""
+        ...
+
     def collect_logs(self, enterprise: str, site: str, request: LogRequest) -> bytes:
         """Return an archive (tar.gz) of the logs of a site; both empty: of the provider's processes."""
         ...

@@ -449,7 +449,7 @@ class Health(_View):
 class AuditEntry(_View):
     """One mutating call."""
 
-    number: int
+    id: str
     at_ns: int
     principal: str
     principal_name: str
@@ -478,7 +478,7 @@ class LogRequest(_Request):
     """Which logs are wanted."""
 
     site: Name | None = None
-    """An enterprise's site or a data center; None: all of the enterprise's sites (the provider's own: its processes)."""
+    """An enterprise's site or a data center; None: the provider's own processes."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     vdsa: bool = True
     """Whether what the VDSAs say is included."""

@@ -1,0 +1,93 @@
+"""Who may do what: one table from roles to operations.
+
+An operation's name is `noun.verb`. Whether the thing is the caller's at all is decided before (`tenancy`): another's
+thing is "not found", whatever the role; what the role does not allow is "forbidden".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dr_cloud.model.errors import ForbiddenError, NotFoundError
+from dr_cloud.model.principal import Principal, Role
+
+READ: Final = frozenset(
+    {
+        "enterprise.read",
+        "site.read",
+        "datacenter.read",
+        "host.read",
+        "server.read",
+        "vpg.read",
+        "checkpoint.read",
+        "test.read",
+        "task.read",
+        "health.read",
+        "event.read",
+    }
+)
+_OPERATE: Final = READ | {
+    "vpg.pause",
+    "vpg.resume",
+    "vpg.sync",
+    "checkpoint.insert",
+    "failover.start",
+    "failover.rollback",
+    "test.start",
+    "test.stop",
+    "test.discard",
+    "task.abort",
+    "logs.collect",
+    "logs.read",
+}
+_ADMINISTER: Final = _OPERATE | {
+    "audit.read",
+    "token.read",
+    "token.create",
+    "token.revoke",
+    "site.update",
+    "site.pair",
+    "site.unpair",
+    "vdsa.deploy",
+    "vdsa.undeploy",
+    "vpg.create",
+    "vpg.update",
+    "vpg.remove",
+}
+_PROVIDER_OPERATE: Final = _OPERATE | {"site.pair", "vdsa.deploy", "vdsa.undeploy", "center.read"}
+_PROVIDER_ADMINISTER: Final = _ADMINISTER | {
+    "enterprise.register",
+    "enterprise.update",
+    "enterprise.remove",
+    "center.read",
+    "center.deploy",
+}
+
+ALLOWED: Final[dict[Role, frozenset[str]]] = {
+    Role.PROVIDER_ADMIN: frozenset(_PROVIDER_ADMINISTER),
+    Role.PROVIDER_OPERATOR: frozenset(_PROVIDER_OPERATE),
+    Role.ENTERPRISE_ADMIN: frozenset(_ADMINISTER),
+    Role.ENTERPRISE_OPERATOR: frozenset(_OPERATE),
+    Role.AUDITOR: READ | {"audit.read", "token.read"},
+}
+
+OF_PROVIDER: Final = frozenset({Role.PROVIDER_ADMIN, Role.PROVIDER_OPERATOR})
+OF_ENTERPRISE: Final = frozenset({Role.ENTERPRISE_ADMIN, Role.ENTERPRISE_OPERATOR})
+
+
+def check_owner(who: Principal, enterprise: str) -> None:
+    """Raise `NotFoundError` if `enterprise` is not one that the caller may see."""
+    if who.enterprise is not None and who.enterprise != enterprise:
+        raise no_enterprise(enterprise)
+
+
+def check_role(who: Principal, operation: str) -> None:
+    """Raise `ForbiddenError` if the caller's role does not allow the operation."""
+    if operation not in ALLOWED[who.role]:
+        able = [role.value for role, allowed in ALLOWED.items() if operation in allowed]
+        raise ForbiddenError(f"the role {who.role.value} does not allow {operation}", f"Ask {' or '.join(able)}.")
+
+
+def no_enterprise(enterprise: str) -> NotFoundError:
+    """Return the error for an enterprise that is not there, or not the caller's."""
+    return NotFoundError(f"there is no enterprise {enterprise!r}", "Check the name.")

@@ -1,0 +1,1 @@
+"""The schema of the manager's database, step by step (Alembic)."""
