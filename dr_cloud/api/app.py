@@ -13,11 +13,12 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any, Final
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from dr_cloud.api import enterprises, problems, recovery, sites, tasks, vpgs, watch
+from dr_cloud.api.deps import refuse_nul
 from dr_cloud.api.headers import RequestHeaders
 from dr_cloud.manager.cloud import Cloud
 
@@ -67,7 +68,7 @@ def make_app(cloud: Cloud) -> FastAPI:
     )
     app.state.cloud = cloud
     for module in (enterprises, sites, vpgs, recovery, tasks, watch):
-        app.include_router(module.router, prefix="/v1")
+        app.include_router(module.router, prefix="/v1", dependencies=[Depends(refuse_nul)])
     problems.install(app)
     app.add_middleware(RequestHeaders)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from typing import Annotated, Final, TypeVar
+from urllib.parse import unquote
 
 from fastapi import Depends, Header, Path, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -54,6 +55,12 @@ class Waiting(BaseModel):
 def part(query: BaseModel, kind: type[Q]) -> Q:
     """Return those parameters of a query that make up a `kind`."""
     return kind(**{name: getattr(query, name) for name in kind.model_fields})
+
+
+async def refuse_nul(request: Request) -> None:
+    """Refuse a request that holds the character NUL anywhere: no database keeps it, and no name needs it."""
+    if "\0" in unquote(request.url.query) or b"\\u0000" in await request.body():
+        raise InvalidError("the request holds the character NUL", "Take it out.")
 
 
 def _cloud(request: Request) -> Cloud:

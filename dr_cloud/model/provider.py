@@ -24,7 +24,11 @@ def _checked(name: str) -> str:
         raise ValueError(f"{error}. {error.remedy}") from None
 
 
-Name = Annotated[str, AfterValidator(_checked)]
+Name = Annotated[
+    str,
+    AfterValidator(_checked),
+    Field(json_schema_extra={"pattern": r"^(?!.*\.\.)[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"}),
+]
 """A name that may be a part of an object key (`dr_cloud.model.ids`)."""
 Jurisdiction = Annotated[str, Field(pattern=r"^[A-Z]{2,8}(-[A-Z0-9]{1,8})*$")]
 """A code such as USA, UK, APAC, EU-DE."""
