@@ -20,7 +20,7 @@ _HOT_MAX: Final = 8
 _HOT_SHARE_MIN: Final = 0.02
 _PARSES_MAX: Final = 4
 """Within one write: table, superblock, label. What is deeper comes with the next write."""
-_SMALL_BLOCKS: Final = 4
+_SMALL_BLOCKS: Final = 64
 _FILE_HEADS: Final = frozenset({b"PRET", b"NAME", b"regf", b"hbin"})
 _HEADS: Final = np.sort(np.array([int.from_bytes(h, "little") for h in (*_FILE_HEADS, b"XFSB", b"LUKS")], np.uint32))
 _DOS: Final = int.from_bytes(b"MZ", "little")
@@ -49,11 +49,14 @@ class SeenDisk:
         """`count` blocks were written from `first` on. Returns whether the layout was read; only if `parse` allows."""
         self.bytes_written += count << BLOCK_SHIFT
         self._ranges[first >> self._range_shift] += count
-        # Small writes are many: there only what is wanted is looked for, and files' beginnings in the first block.
         if count > _SMALL_BLOCKS:
             self._look(first, count, data)
-        elif bytes(data[:4]) in _FILE_HEADS:
-            self._system.file(bytes(data[:FILE_BYTES]))
+        else:
+            # Small writes are many: numpy costs more than a few slices, and candidates are not looked for.
+            for at in range(0, len(data), BLOCK_SIZE):
+                head = bytes(data[at : at + 4])
+                if head in _FILE_HEADS or head[:2] == b"MZ":
+                    self._system.file(bytes(data[at : at + FILE_BYTES]))
         parsed = False
         for _ in range(_PARSES_MAX):
             wanted = self.kept.wanted(first, count)

@@ -16,8 +16,8 @@ import numpy as np
 from dr_cloud.model.blocks import BLOCK_SIZE
 
 PARTS_MAX: Final = 65536
-PART_BLOCKS_SHIFT_MIN: Final = 8
-"""Parts are 1 MiB, or as large as needed for a disk to have at most `PARTS_MAX`."""
+PART_BLOCKS_SHIFT_MIN: Final = 10
+"""Parts are 4 MiB, or as large as needed for a disk to have at most `PARTS_MAX`."""
 RANDOM_BITS: Final = 7.9
 EVENNESS_MAX: Final = 400.0
 _MEMORY_SAMPLES: Final = 32
@@ -52,7 +52,7 @@ def part_shift(blocks: int) -> int:
 
 
 class Ground:
-    """The ground of one disk: half a byte per 8 KiB at most, 128 KiB in all."""
+    """The ground of one disk: two bytes for each part, 128 KiB at most."""
 
     def __init__(self, blocks: int) -> None:
         self.shift = part_shift(blocks)

@@ -10,8 +10,9 @@ What it sees
     within minutes, a partition table perhaps never. So its owner keeps `state` over a restart.
 
 Cost
-    One block in `STRIDE_BLOCKS` is sampled, at most `SAMPLES_PER_SECOND`; layouts are read at most `PARSES_PER_SECOND`
-    times, the last one before a report. Beyond that a write costs a few look-ups.
+    One block in `STRIDE_BLOCKS` is sampled, and one in twice as many after every `SAMPLES_BEFORE_DOUBLING` of a second:
+    some hundreds at any rate. Layouts are read at most `PARSES_PER_SECOND` times, and before a report. Beyond that a
+    write costs a few look-ups.
 
 Threads
     Any thread may call; a lock per server. Writes of one disk may come slightly out of order (batches of threads); the
@@ -41,7 +42,7 @@ from dr_cloud.vdsa.analysis.ground import sample
 from dr_cloud.vdsa.analysis.systems import SystemSeen
 
 STRIDE_BLOCKS: Final = 16
-SAMPLES_PER_SECOND: Final = 256
+SAMPLES_BEFORE_DOUBLING: Final = 64
 PARSES_PER_SECOND: Final = 16
 _INTERVAL_SECONDS_MIN: Final = 1.0
 _PERIOD_SECONDS: Final = 300
@@ -68,7 +69,6 @@ class ServerAnalyzer:
         self._skip = 0
         self._stride = STRIDE_BLOCKS
         self._second = 0
-        self._second_blocks = 0
         self._second_samples = 0
         self._second_parses = 0
         self._hour = 0
@@ -97,17 +97,17 @@ class ServerAnalyzer:
             seen = self._disks.get(disk)
             if seen is None or not count:
                 return
-            interval = self._at(time_ns)
+            interval = self._interval
+            if interval is None or time_ns // SECOND_NS != self._second:
+                interval = self._turn_to(time_ns)
             interval.writes += 1
             interval.bytes_raw += len(data)
-            seen.last_write_ns = time_ns
-            self._second_blocks += count
+            self._until_ns = seen.last_write_ns = time_ns
             if seen.wrote(first_block, count, data, self._second_parses < PARSES_PER_SECOND):
                 self._second_parses += 1
             while self._skip < count:
-                if self._second_samples < SAMPLES_PER_SECOND:
-                    at = self._skip << BLOCK_SHIFT
-                    self._sample(interval, seen, first_block + self._skip, bytes(data[at : at + BLOCK_SIZE]))
+                at = self._skip << BLOCK_SHIFT
+                self._sample(interval, seen, first_block + self._skip, bytes(data[at : at + BLOCK_SIZE]))
                 # Uniform around the stride: no pattern of the guest's hides from it.
                 self._skip += self._random.randrange(1, 2 * self._stride)
             self._skip -= count
@@ -118,27 +118,29 @@ class ServerAnalyzer:
             seen = self._disks.get(disk)
             if seen is None:
                 return
-            self._at(time_ns).writes += 1
-            seen.last_write_ns = time_ns
+            self._turn_to(time_ns).writes += 1
+            self._until_ns = seen.last_write_ns = time_ns
             if seen.zeroed(first_block, blocks, self._second_parses < PARSES_PER_SECOND):
                 self._second_parses += 1
 
-    def _at(self, time_ns: int) -> Interval:
+    def _turn_to(self, time_ns: int) -> Interval:
         second = time_ns // SECOND_NS
         if second != self._second:
-            self._stride = max(STRIDE_BLOCKS, self._second_blocks // SAMPLES_PER_SECOND)
+            # Less than before at once, so that a steady load is sampled evenly.
+            self._stride = max(STRIDE_BLOCKS, self._stride >> 2)
             self._second = second
-            self._second_blocks = self._second_samples = self._second_parses = 0
+            self._second_samples = self._second_parses = 0
         if self._since_ns is None:
             self._since_ns = time_ns
         self._period_ns = self._period_ns or time_ns
-        self._until_ns = time_ns
         if self._interval is None:
             self._interval = Interval(time_ns)
         return self._interval
 
     def _sample(self, interval: Interval, seen: SeenDisk, block: int, data: bytes) -> None:
         self._second_samples += 1
+        if self._second_samples % SAMPLES_BEFORE_DOUBLING == 0:
+            self._stride *= 2
         figures = sample(data)
         if figures.empty:
             return
