@@ -146,7 +146,7 @@ class Chain(Processes):
         (self.folder / f"{name}.sock").unlink(missing_ok=True)
         given = [word for disk, path in disks.items() for word in ("--disk", f"{disk}={path}")]
         self.start(
-            name, "dr_cloud.cli.main", "tap", *given, "--socket", f"{self.folder}/{name}.sock",
+            name, "dr_cloud.cli.main", "tap", "--server", name, *given, "--socket", f"{self.folder}/{name}.sock",
             "--vdsa", f"{self.folder}/source.sock", "--state", f"{self.folder}/{name}.state", *more,
         )  # fmt: skip
 

@@ -35,7 +35,8 @@ from dr_cloud.seal.keys import VpgKeys
 from dr_cloud.store.open import open_store
 from dr_cloud.tap import wire
 from dr_cloud.tap.bitmap import IntentBitmap
-from dr_cloud.tap.tap import State, Tap
+from dr_cloud.tap.copy import State
+from dr_cloud.tap.tap import Tap
 from dr_cloud.vdsa.actions import (
     Answer,
     CloseTap,
@@ -66,8 +67,10 @@ class WorldTap:
         self.world = world
         self.bitmap = IntentBitmap(path, [(name, DISK_BLOCKS * BLOCK_SIZE)], boot=bytes(16))
         # Disk indexes are one space over a VPG; a tap numbers its own from 0, so the world shifts them.
-        self.tap = Tap(self.bitmap, queue_bytes_max=40 * BLOCK_SIZE, clock=world.clock)
+        self.core = Tap(name, [self.bitmap], queue_bytes_max=40 * BLOCK_SIZE, now=world.clock)
+        self.tap = self.core.copies[0]
         self.bits = self.bitmap.disks[0]
+        self.core.disks[0].index = len(world.taps)
         self.bits.disk = self.bits.disk.model_copy(update={"index": len(world.taps)})
         self.disk = [ZERO] * DISK_BLOCKS
         self.connection: int | None = None
@@ -76,13 +79,13 @@ class WorldTap:
     def write(self, first: int, blocks: list[bytes]) -> None:
         self.bits.set(first, len(blocks))
         self.disk[first : first + len(blocks)] = blocks
-        self.tap.stamp()
+        self.core.stamp()
         for at, block in enumerate(blocks):
-            self.world.history.append((self.tap.time_ns, self.bits.disk.index, first + at, block))
+            self.world.history.append((self.core.clock.time_ns, self.bits.disk.index, first + at, block))
         if any(block != ZERO for block in blocks):
-            self.tap.wrote(self.bits, first, b"".join(blocks))
+            self.core.wrote(self.core.disks[0], first, b"".join(blocks))
         else:
-            self.tap.zeroed(self.bits, first, len(blocks))
+            self.core.zeroed(self.core.disks[0], first, len(blocks))
 
     def push(self) -> None:
         while self.connection is not None and (batch := self.tap.take()) is not None:

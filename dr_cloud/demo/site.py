@@ -109,7 +109,7 @@ class Demonstration:
             "--keyring", str(self.settings.keyring), "--checkpoint-seconds", str(CHECKPOINT_SECONDS),
         )  # fmt: skip
         tap = self._start(
-            "tap", "dr_cloud.cli.main", "tap",
+            "tap", "dr_cloud.cli.main", "tap", "--server", "shop",
             "--disk", f"shop={self.image}", "--socket", f"{run}/tap.sock", "--vdsa", f"{run}/source.sock",
             "--state", str(self.directory / "site" / "tap.state"),
         )  # fmt: skip

@@ -1,10 +1,10 @@
 r"""The intent bitmap: which blocks differ, or may differ, between a tap's disks and what is durable at the target.
 
 Purpose
-    A file of its own beside the disks, mapped into memory. The bit of a block is set before its disk write begins, so
-    that a tap killed at any moment knows afterwards which blocks to send again.
+    A file of its own beside the disks, mapped into memory, for each copy that the tap keeps. The bit of a block is set
+    before its disk write begins, so that a tap killed at any moment knows afterwards which blocks to send again.
 
-Layout (little-endian; one file per tap; every part begins at a multiple of 4096)::
+Layout (little-endian; one file per copy; every part begins at a multiple of 4096)::
 
     fixed part, written once, never in place
         0    8   magic "DRCTAP\r\n"
@@ -16,7 +16,7 @@ Layout (little-endian; one file per tap; every part begins at a multiple of 4096
        40   88 each, disks: index u32, reserved u32, size_bytes u64, offset of its planes u64, name 64 (UTF-8, 0-padded)
         …    4   crc32c of all of the above
     hot page, changed in place on every write
-        0    8   last sequence given out
+        0    8   last sequence given out      (both are kept in the file of the tap's first copy)
         8    8   last time given out, ns since the epoch
        16    8   1 if closed cleanly, else 0
        24   16   boot id of the host that has it open
@@ -43,7 +43,19 @@ Crash points (the set bits are the union of the three planes)
     while the file is made        it is written beside, flushed, then renamed: old or new, never half
     file damaged or missing       everything is sent again, under a new tap id if the old one cannot be read
 
-What is not covered: a disk changed by others while no tap stood in front of it. Delete the file after that.
+Several copies
+    The first copy's file tells the tap id and the disks' indexes; a file that does not agree with it is not trusted,
+    and its target is sent everything again. The file of a copy that is kept no longer is removed before a guest can
+    write, for it would lack that guest's bits.
+
+Disks that change while the tap runs
+    `prepare` writes a new file beside from the bits of the old, in a thread, while guests write; `switch`, in one step
+    of the event loop, adds the pages that they set meanwhile, puts the new file in place by renaming, and goes on in
+    it. Killed before that, the old file is whole; after it, the new one. No copy is connected while it happens, so
+    only TO_SEND changes. A disk that has grown has its new part set, a shrunk one keeps what is left, a new one is set
+    whole; a removed one's index is not given out again.
+
+What is not covered: a disk changed by others while no tap stood in front of it. Delete the files after that.
 """
 
 from __future__ import annotations
@@ -52,30 +64,33 @@ import contextlib
 import fcntl
 import mmap
 import os
-import struct
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import google_crc32c
 import numpy as np
 import structlog
 
-from dr_cloud.model.blocks import BLOCK_SHIFT, DISK_INDEX_MAX, DISK_SIZE_BYTES_MAX, blocks_of
+from dr_cloud.model.blocks import BLOCK_SHIFT, blocks_of
 from dr_cloud.model.errors import DamagedError, DrCloudError
-from dr_cloud.model.ids import check_name
-from dr_cloud.model.journal import Disk
 from dr_cloud.tap.bits import BIT, PAGE_BYTES, PLANES, DiskBits
+from dr_cloud.tap.head import (
+    Entry,
+    Head,
+    check_disks,
+    file_bytes,
+    head_bytes,
+    lay_out,
+    pack_head,
+    parse_head,
+    plane_bytes,
+)
+from dr_cloud.tap.wire import COPIES_MAX
 
-MAGIC: Final = b"DRCTAP\r\n"
-VERSION: Final = 1
 SEQUENCE_MARGIN: Final = 1 << 32
 """Added to the stored sequence on open: more than could have been given out and not have reached the file."""
 
-_FIXED: Final = struct.Struct("<8sII16sII")
-_ENTRY: Final = struct.Struct("<IIQQ64s")
-_CRC: Final = struct.Struct("<I")
 _HOT_SEQUENCE: Final = 0
 _HOT_TIME: Final = 1
 _HOT_CLEAN: Final = 2
@@ -89,53 +104,46 @@ def boot_id() -> bytes:
     return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
 
 
-class _Entry(NamedTuple):
-    disk: Disk
-    offset: int
+def _beside_path(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
 
 
-class _Fixed(NamedTuple):
-    tap_id: bytes
-    next_index: int
-    entries: list[_Entry]
+class _Mapped(NamedTuple):
+    """A file in memory."""
+
+    head: Head
+    memory: mmap.mmap
+    hot: memoryview
+    disks: list[DiskBits]
 
 
-def _plane_bytes(size_bytes: int) -> int:
-    return _round_up((blocks_of(size_bytes) + 7) >> 3)
+class Beside(NamedTuple):
+    """A new file that is not yet in the place of the old one."""
+
+    fd: int
+    mapped: _Mapped
 
 
-def _round_up(length: int) -> int:
-    return (length + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+def copy_path(path: Path, number: int) -> Path:
+    """Return the file of a copy, where `path` is the first one's."""
+    return path.with_name(f"{path.name}.{number}") if number else path
 
 
-def _fixed_bytes(disks: int) -> int:
-    return _round_up(_FIXED.size + disks * _ENTRY.size + _CRC.size)
-
-
-def _pack_fixed(fixed: _Fixed) -> bytes:
-    parts = [_FIXED.pack(MAGIC, VERSION, len(fixed.entries), fixed.tap_id, fixed.next_index, 0)]
-    parts += [_ENTRY.pack(disk.index, 0, disk.size_bytes, offset, disk.name.encode()) for disk, offset in fixed.entries]
-    body = b"".join(parts)
-    return body + _CRC.pack(google_crc32c.value(body))
-
-
-def _parse_fixed(data: bytes) -> _Fixed:
-    """Return the fixed part at the start of `data`, the whole file. Raises `DamagedError`."""
-    if len(data) < PAGE_BYTES:
-        raise DamagedError("it is shorter than its head")
-    magic, version, count, tap_id, next_index, _ = _FIXED.unpack_from(data)
-    if magic != MAGIC or version != VERSION:
-        raise DamagedError("it is not an intent bitmap of version 1")
-    end = _FIXED.size + count * _ENTRY.size
-    if end + _CRC.size > len(data) or _CRC.unpack_from(data, end)[0] != google_crc32c.value(data[:end]):
-        raise DamagedError("the checksum of its head is wrong")
-    entries = []
-    for place in range(count):
-        index, _, size_bytes, offset, name = _ENTRY.unpack_from(data, _FIXED.size + place * _ENTRY.size)
-        if offset + len(PLANES) * _plane_bytes(size_bytes) > len(data):
-            raise DamagedError("it is shorter than its head says")
-        entries.append(_Entry(Disk(index=index, name=name.rstrip(b"\0").decode(), size_bytes=size_bytes), offset))
-    return _Fixed(tap_id, next_index, entries)
+def open_bitmaps(
+    path: Path, disks: Sequence[tuple[str, int]], copies: int, boot: bytes | None = None, first_index: int = 0
+) -> list[IntentBitmap]:
+    """Open or make the files of `copies` copies, and remove those of others. See `IntentBitmap`."""
+    bitmaps = [IntentBitmap(path, disks, boot, first_index)]
+    try:
+        for number in range(1, copies):
+            bitmaps.append(IntentBitmap(copy_path(path, number), disks, boot, like=bitmaps[0]))
+        for number in range(copies, COPIES_MAX):
+            copy_path(path, number).unlink(missing_ok=True)
+    except BaseException:
+        for bitmap in bitmaps:
+            bitmap.abandon()
+        raise
+    return bitmaps
 
 
 class IntentBitmap:
@@ -150,7 +158,12 @@ class IntentBitmap:
     """
 
     def __init__(
-        self, path: Path, disks: Sequence[tuple[str, int]], boot: bytes | None = None, first_index: int = 0
+        self,
+        path: Path,
+        disks: Sequence[tuple[str, int]],
+        boot: bytes | None = None,
+        first_index: int = 0,
+        like: IntentBitmap | None = None,
     ) -> None:
         """Open or make the file at `path` for `disks`, each a name and a size in bytes.
 
@@ -158,93 +171,129 @@ class IntentBitmap:
             path: The file.
             disks: What the tap exports.
             boot: The host's boot id; None reads it.
-            first_index: New disks get indexes from here on, so that the taps of one VPG share none. Disks that the
-                file knows keep theirs.
+            first_index: New disks get indexes from here on. Disks that the file knows keep theirs.
+            like: The file of the tap's first copy, where this is another copy's.
 
         Raises:
             DrCloudError: Another process has the file open, a name cannot be used, or there is no space for it.
         """
         self.path = path
-        boot = boot or boot_id()
-        for name, size_bytes in disks:
-            check_name(name, "disk")
-            if not 0 < size_bytes <= DISK_SIZE_BYTES_MAX:
-                raise DrCloudError(f"disk {name} has {size_bytes} bytes", "Give a disk of 1 byte to 1 PiB.")
-        if len({name for name, _ in disks}) != len(disks):
-            raise DrCloudError("two disks have the same name", "Give every disk a name of its own.")
+        self._boot = boot or boot_id()
+        self._mapped: _Mapped
+        check_disks(disks)
         self._lock = _lock(path)
         try:
-            fixed = self._prepare(disks, boot, first_index)
-            self._map(fixed, boot)
-        except OSError as error:
-            os.close(self._lock)
-            raise DrCloudError(
-                f"the intent bitmap {path} cannot be written: {error.strerror}",
-                "Give --state a file on a disk with free space and write permission.",
-            ) from error
+            with _told(path):
+                old, data, everything = self._read_old(like)
+                head = lay_out(disks, first_index, old) if like is None else like._mapped.head
+                if head != old or everything:
+                    os.close(self._write_beside(head, old, data, everything))
+                    os.rename(_beside_path(path), path)
+                    self.settle()
+                self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                self._mapped = self._map(head, self._fd)
+                hot = self._mapped.hot
+                hot[_HOT_SEQUENCE] += SEQUENCE_MARGIN if hot[_HOT_SEQUENCE] else 0
+                os.fsync(self._fd)
         except BaseException:
             os.close(self._lock)
             raise
+        self.tap_id = head.tap_id.hex()
+        self.disks = self._mapped.disks
 
-    def _prepare(self, disks: Sequence[tuple[str, int]], boot: bytes, first_index: int) -> _Fixed:
-        """Bring the file into the form that `disks` need, and return its fixed part."""
-        old, data, everything = self._read_old(boot)
-        known = {entry.disk.name: entry for entry in old.entries}
-        next_index = max(old.next_index, first_index)
-        wanted = []
-        offset = _fixed_bytes(len(disks)) + PAGE_BYTES
-        for name, size_bytes in disks:
-            entry = known.get(name)
-            index = entry.disk.index if entry else next_index
-            next_index += entry is None
-            if index > DISK_INDEX_MAX:
-                raise DrCloudError(
-                    f"disk {name} would have an index over {DISK_INDEX_MAX}", "Give a smaller one first."
-                )
-            wanted.append(_Entry(Disk(index=index, name=name, size_bytes=size_bytes), offset))
-            offset += len(PLANES) * _plane_bytes(size_bytes)
-        if wanted == old.entries and not everything:
-            return old
-        for gone in known.keys() - {name for name, _ in disks}:
-            _log.warning("disk is no longer given to this tap: its intent is forgotten", disk=gone, file=str(self.path))
-        fixed = _Fixed(old.tap_id, next_index, wanted)
-        self._write_new(fixed, offset, [self._bits_for(entry, known, data, everything) for entry in wanted], data)
-        return fixed
+    # Changing disks while guests write.
 
-    def _read_old(self, boot: bytes) -> tuple[_Fixed, bytes, str]:
+    def prepare(self, disks: Sequence[tuple[str, int]], anew: Set[str], like: Beside | None = None) -> Beside:
+        """Make a new file beside, for other disks. Blocks: call it in a thread, after `begin_move` of every disk.
+
+        Args:
+            disks: All disks from now on.
+            anew: Names under which there is another disk now, if any.
+            like: What `prepare` made for the tap's first copy, where this is another copy's.
+
+        Raises:
+            DrCloudError: A name cannot be used, or there is no space.
+        """
+        check_disks(disks)
+        old = self._mapped.head
+        head = lay_out(disks, 0, old, anew) if like is None else like.mapped.head
+        with _told(self.path):
+            fd = self._write_beside(head, old, self._mapped.memory, "")
+            try:
+                mapped = self._map(head, fd)
+                os.fsync(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        return Beside(fd, mapped)
+
+    def switch(self, beside: Beside) -> None:
+        """Go on in the new file, with what guests have set since `begin_move`. One step: no guest writes meanwhile."""
+        known = {bits.disk.index: bits for bits in self.disks}
+        pairs = [(known.get(new.disk.index), new) for new in beside.mapped.disks]
+        for bits, new in pairs:
+            if bits is not None:
+                bits.carry(new)
+        for item in (_HOT_SEQUENCE, _HOT_TIME):
+            beside.mapped.hot[item] = self.hot[item]
+        os.rename(_beside_path(self.path), self.path)
+        self.disks = [new if bits is None else bits.adopt(new) for bits, new in pairs]
+        self._mapped = beside.mapped
+        # A flush that a thread has begun keeps its file; the next one gets this.
+        os.dup2(beside.fd, self._fd, inheritable=False)
+        os.close(beside.fd)
+
+    def give_up(self, beside: Beside | None) -> None:
+        """Go on in the old file."""
+        for bits in self.disks:
+            bits.stay()
+        if beside is not None:
+            os.close(beside.fd)
+        _beside_path(self.path).unlink(missing_ok=True)
+
+    # The file.
+
+    def _read_old(self, like: IntentBitmap | None) -> tuple[Head, bytes, str]:
         """Return the fixed part and bytes of the file that stands, and why everything is dirty (empty if not)."""
-        fresh = _Fixed(uuid.uuid4().bytes, 0, [])
+        fresh = Head(uuid.uuid4().bytes if like is None else bytes.fromhex(like.tap_id), 0, [])
         try:
             data = self.path.read_bytes()
-            fixed = _parse_fixed(data)
+            old = parse_head(data)
         except FileNotFoundError:
             return fresh, b"", "there was no intent bitmap"
         except (DamagedError, ValueError) as error:
             return fresh, b"", f"the intent bitmap is damaged: {error}"
-        hot = _fixed_bytes(len(fixed.entries))
+        if like is not None and old.tap_id != fresh.tap_id:
+            return fresh, b"", "the intent bitmap is another tap's"
+        hot = head_bytes(len(old.entries))
         clean = memoryview(data)[hot : hot + 24].cast("Q")[_HOT_CLEAN]
-        if not clean and data[hot : hot + PAGE_BYTES][_HOT_BOOT] != boot:
-            return fixed, data, "this host went down while the tap ran"
-        return fixed, data, ""
+        if not clean and data[hot : hot + PAGE_BYTES][_HOT_BOOT] != self._boot:
+            return old, data, "this host went down while the tap ran"
+        return old, data, ""
 
-    def _bits_for(self, entry: _Entry, known: dict[str, _Entry], data: bytes, everything: str) -> bytes:
+    def _bits_for(self, entry: Entry, known: dict[str, Entry], data: bytes | mmap.mmap, everything: str) -> bytes:
         """Return the TO_SEND plane that the disk starts with in a new file."""
         name, size_bytes = entry.disk.name, entry.disk.size_bytes
         old = known.get(name)
+        if old is not None and old.disk.index != entry.disk.index:
+            old = None
         blocks = blocks_of(size_bytes)
-        flags = np.zeros(_plane_bytes(size_bytes), np.uint8)
+        flags = np.zeros(plane_bytes(size_bytes), np.uint8)
         kept = 0
         why = everything or ("the disk is new" if old is None else "")
         if old is not None and not why:
-            if old.disk.size_bytes > size_bytes:
-                why = f"the disk has shrunk from {old.disk.size_bytes} to {size_bytes} bytes"
-            else:
-                kept = blocks if old.disk.size_bytes == size_bytes else old.disk.size_bytes >> BLOCK_SHIFT
-                length = _plane_bytes(old.disk.size_bytes)
-                for plane in PLANES:
-                    flags[:length] |= np.frombuffer(data, np.uint8, length, old.offset + plane * length)
-                if kept < blocks:
-                    _log.warning("disk has grown: the new part is dirty", disk=name, size_bytes=size_bytes)
+            # Where the size changes, the block that was or is the partial one changes with it.
+            kept = blocks if old.disk.size_bytes == size_bytes else min(old.disk.size_bytes, size_bytes) >> BLOCK_SHIFT
+            length = plane_bytes(kept << BLOCK_SHIFT)
+            for plane in PLANES:
+                flags[:length] |= np.frombuffer(
+                    data, np.uint8, length, old.offset + plane * plane_bytes(old.disk.size_bytes)
+                )
+            flags[(kept + 7) >> 3 :] = 0
+            if kept & 7:
+                flags[kept >> 3] &= 0xFF >> (8 - (kept & 7))
+            if old.disk.size_bytes != size_bytes:
+                _log.warning("disk has another size: what is new of it is dirty", disk=name, size_bytes=size_bytes)
         if why:
             _log.warning("every block of the disk is dirty and will be sent", disk=name, why=why, file=str(self.path))
         start = (kept + 7) >> 3
@@ -256,44 +305,53 @@ class IntentBitmap:
                 flags[block >> 3] |= BIT[block & 7]
         return flags.tobytes()
 
-    def _write_new(self, fixed: _Fixed, size_bytes: int, planes: list[bytes], old: bytes) -> None:
-        """Write the file beside, make it durable, rename it. Space is reserved: a store to a hole could kill."""
-        beside = self.path.with_name(self.path.name + ".new")
-        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    def _write_beside(self, head: Head, old: Head, data: bytes | mmap.mmap, everything: str) -> int:
+        """Write the file beside and make it durable. Space is reserved: a store to a hole could kill."""
+        known = {entry.disk.name: entry for entry in old.entries}
+        for gone in known.keys() - {entry.disk.name for entry in head.entries}:
+            _log.warning("disk is no longer given to this tap: its intent is forgotten", disk=gone, file=str(self.path))
+        fd = os.open(_beside_path(self.path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, size_bytes)
-            os.pwrite(fd, _pack_fixed(fixed), 0)
-            if old:
-                hot = _fixed_bytes(_FIXED.unpack_from(old)[2])
-                os.pwrite(fd, old[hot : hot + 16], _fixed_bytes(len(fixed.entries)))
-            for (_, offset), plane in zip(fixed.entries, planes, strict=True):
-                os.pwrite(fd, plane, offset)
+            os.posix_fallocate(fd, 0, file_bytes(head))
+            os.pwrite(fd, pack_head(head), 0)
+            if len(data):
+                hot = head_bytes(len(old.entries))
+                os.pwrite(fd, data[hot : hot + 16], head_bytes(len(head.entries)))
+            for entry in head.entries:
+                os.pwrite(fd, self._bits_for(entry, known, data, everything), entry.offset)
             os.fsync(fd)
-        finally:
+        except BaseException:
             os.close(fd)
-        os.rename(beside, self.path)
+            raise
+        return fd
+
+    def settle(self) -> None:
+        """Make the renaming durable. Blocks."""
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def _map(self, fixed: _Fixed, boot: bytes) -> None:
-        self._fd = os.open(self.path, os.O_RDWR)
-        self._map_ = mmap.mmap(self._fd, 0)
-        view = memoryview(self._map_)
-        start = _fixed_bytes(len(fixed.entries))
-        self.tap_id = fixed.tap_id.hex()
-        self.hot = view[start : start + 24].cast("Q")
-        self.hot[_HOT_SEQUENCE] += SEQUENCE_MARGIN if self.hot[_HOT_SEQUENCE] else 0
-        self.hot[_HOT_CLEAN] = 0
-        view[start:][_HOT_BOOT] = boot
-        self.disks = []
-        for disk, offset in fixed.entries:
-            length = _plane_bytes(disk.size_bytes)
+    def _map(self, head: Head, fd: int) -> _Mapped:
+        """Map the file and note that it is open."""
+        memory = mmap.mmap(fd, 0)
+        view = memoryview(memory)
+        start = head_bytes(len(head.entries))
+        hot = view[start : start + 24].cast("Q")
+        hot[_HOT_CLEAN] = 0
+        view[start:][_HOT_BOOT] = self._boot
+        disks = []
+        for disk, offset in head.entries:
+            length = plane_bytes(disk.size_bytes)
             planes = [view[offset + plane * length : offset + (plane + 1) * length] for plane in PLANES]
-            self.disks.append(DiskBits(disk, planes))
-        os.fsync(self._fd)
+            disks.append(DiskBits(disk, planes))
+        return _Mapped(head, memory, hot, disks)
+
+    @property
+    def hot(self) -> memoryview:
+        """The items that the owner stores on every write."""
+        return self._mapped.hot
 
     @property
     def sequence(self) -> int:
@@ -333,6 +391,18 @@ class IntentBitmap:
         """Let go of the file as a killed process would."""
         os.close(self._fd)
         os.close(self._lock)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Tell the user which file it is that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DrCloudError(
+            f"the intent bitmap {path} cannot be written: {error.strerror}",
+            "Give --state a file on a disk with free space and write permission.",
+        ) from error
 
 
 def _lock(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The bits of one disk: three planes of one bit per 4 KiB block, and how they are set, cleared and walked.
+"""The bits of one disk: three planes of one bit per 4 KiB block, and how they are set, cleared, walked and moved.
 
 What the planes mean and how they lie in the file is told in `dr_cloud.tap.bitmap`; when they change, in
 `dr_cloud.tap.tap`. Nothing here does I/O: a plane is any writable memory.
@@ -65,6 +65,31 @@ class DiskBits:
         pages = range(start >> 12, (stop >> 12) + 1)
         self.active_touched.update(pages)
 
+    def begin_move(self) -> None:
+        """Begin to tell the pages in which bits are set from now on. TO_SEND is active, and only it changes."""
+        self.active_touched = set()
+
+    def carry(self, new: DiskBits) -> None:
+        """Set in `new`, which was made from these bits since `begin_move`, what was set meanwhile."""
+        since = self.active_touched
+        old, target = (np.frombuffer(bits.planes[TO_SEND], np.uint8) for bits in (self, new))
+        # A disk that shrinks has no guest meanwhile, so no page lies behind its new end.
+        for page in since:
+            part = slice(page * PAGE_BYTES, (page + 1) * PAGE_BYTES)
+            target[part] |= old[part]
+        new.touched[TO_SEND].update(since)
+
+    def adopt(self, new: DiskBits) -> DiskBits:
+        """Become `new`; whoever holds this one goes on with it. Returns itself."""
+        self.disk, self.planes, self.touched = new.disk, new.planes, new.touched
+        self.activate(TO_SEND)
+        return self
+
+    def stay(self) -> None:
+        """End what `begin_move` began, in the same planes."""
+        self.touched[TO_SEND].update(self.active_touched)
+        self.activate(TO_SEND)
+
     def clear_range(self, plane: int, first: int, count: int) -> None:
         """Clear the bits of `count` blocks from block `first` on in `plane`."""
         bits, touched = self.planes[plane], self.touched[plane]
@@ -128,6 +153,26 @@ class DiskBits:
             pages = [np.frombuffer(plane[part], np.uint64) for plane in self.planes]
             total += int(np.bitwise_count(pages[0] | pages[1] | pages[2]).sum())
         return total
+
+
+class TapDisk:
+    """One disk of a tap: its bits in the bitmap of each copy."""
+
+    __slots__ = ("bits", "index")
+
+    def __init__(self, bits: tuple[DiskBits, ...]) -> None:
+        self.bits = bits
+        self.index = bits[0].disk.index
+
+    @property
+    def disk(self) -> Disk:
+        """Its name and size."""
+        return self.bits[0].disk
+
+    def set(self, first: int, count: int) -> None:
+        """Set the bits of `count` blocks from block `first` on, for every copy."""
+        for bits in self.bits:
+            bits.set(first, count)
 
 
 def _page_runs(data: bytes) -> list[tuple[int, int]]:

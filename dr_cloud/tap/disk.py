@@ -61,6 +61,10 @@ class Disk(Protocol):
         """Return at least one and at most `count_max` extents from `offset` on, none beyond `length`."""
         ...
 
+    async def measure(self) -> int:
+        """Return the size in bytes that it has now; `size_bytes` stays until the owner sets it."""
+        ...
+
     async def close(self) -> None:
         """Let go of the disk. Nothing is under way any more."""
         ...
@@ -177,6 +181,10 @@ class FileDisk:
         except OSError as error:
             # ENXIO: no data from here on. Anything else: it cannot say.
             return self.size_bytes, error.errno == errno.ENXIO
+
+    async def measure(self) -> int:
+        """Ask the file system or the device."""
+        return os.lseek(self._fd, 0, os.SEEK_END)
 
     async def close(self) -> None:
         """Wait for the threads and close the file."""

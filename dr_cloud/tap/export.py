@@ -1,7 +1,8 @@
 """One disk of the tap as an NBD export: the path of guest I/O.
 
-Order for a guest write: set the bits, write the disk, give out sequence and time, queue the copy, answer. Nothing in
-it waits for the VDSA. Partial blocks are completed from the disk after the write: a copy always holds whole blocks.
+Order for a guest write: set the bits, write the disk, give out sequence and time, queue the copies, answer. Nothing in
+it waits for a VDSA, but for the few milliseconds that `dr_cloud.tap.gate` may hold an answer. Partial blocks are
+completed from the disk after the write: a copy always holds whole blocks.
 
 A write to a file in memory's reach is done in one go, without a task. Where the disk answers later (upstream, trims),
 writes that share a block take turns, so that disk and feed end in the same order.
@@ -21,9 +22,10 @@ import structlog
 
 from dr_cloud.model.blocks import BLOCK_SHIFT, BLOCK_SIZE
 from dr_cloud.nbd.export import Extent
-from dr_cloud.tap.bits import BIT, DiskBits
+from dr_cloud.tap.bits import BIT, TapDisk
+from dr_cloud.tap.copy import Flight
 from dr_cloud.tap.disk import EXTENTS_MAX, Disk, FileDisk
-from dr_cloud.tap.tap import Flight, Tap
+from dr_cloud.tap.tap import Tap
 
 _log = structlog.get_logger(__name__)
 
@@ -43,34 +45,36 @@ class TapExport:
     read_only = False
     block_size_preferred = BLOCK_SIZE
 
-    def __init__(self, tap: Tap, bits: DiskBits, disk: Disk) -> None:
-        self.name = bits.disk.name
+    def __init__(self, tap: Tap, entry: TapDisk, disk: Disk) -> None:
+        self.name = entry.disk.name
         self.description = "protected disk"
         self.size_bytes = disk.size_bytes
         self.block_size_minimum = disk.block_size_minimum
         self._tap = tap
-        self._bits = bits
+        self._gate = tap.gate
+        self._entry = entry
         self._disk = disk
         self._file = disk if isinstance(disk, FileDisk) else None
         self._under_way: list[_UnderWay] = []
         self.pread = disk.pread
 
     def pwrite(self, offset: int, data: memoryview, fua: bool) -> Awaitable[None] | None:
-        """Write to the disk, queue the copy."""
-        file, bits, tap = self._file, self._bits, self._tap
+        """Write to the disk, queue the copies."""
+        file, entry, tap = self._file, self._entry, self._tap
         length = len(data)
         if file is None or self._under_way:
             return self._write_later(offset, data, fua)
         first = offset >> BLOCK_SHIFT
         if length == BLOCK_SIZE and not offset & _BLOCK_MASK:
             at, bit = first >> 3, BIT[first & 7]
-            active = bits.active
-            value = active[at]
-            if not value & bit:
-                active[at] = value | bit
-                bits.active_touched.add(at >> 12)
+            for bits in entry.bits:
+                active = bits.active
+                value = active[at]
+                if not value & bit:
+                    active[at] = value | bit
+                    bits.active_touched.add(at >> 12)
         else:
-            bits.set(first, ((offset + length - 1) >> BLOCK_SHIFT) - first + 1)
+            entry.set(first, ((offset + length - 1) >> BLOCK_SHIFT) - first + 1)
         try:
             file.pwrite(offset, data)
         except OSError:
@@ -80,12 +84,14 @@ class TapExport:
             self._copy_now(file, offset, length, data)
         else:
             tap.stamp()
-            tap.wrote(bits, first, data)
-        return self.flush() if fua else None
+            tap.wrote(entry, first, data)
+        if fua:
+            return self._flush_and_acknowledge(tap.clock.time_ns)
+        return self._gate.acknowledge(tap.clock.time_ns) if self._gate.shut else None
 
     def flush(self) -> Awaitable[None]:
         """Make the disk's writes and their bits durable, both at the same time."""
-        return self._flush()
+        return self._flush_and_acknowledge(0)
 
     def trim(self, offset: int, length: int, fua: bool) -> Awaitable[None]:
         """Discard; it reads as zeroes afterwards, and so it is copied."""
@@ -99,16 +105,24 @@ class TapExport:
         """Return the disk's extents."""
         return self._disk.extents(offset, length, EXTENTS_MAX)
 
-    async def _flush(self) -> None:
-        bitmap = asyncio.get_running_loop().run_in_executor(None, self._tap.bitmap.flush)
+    async def _flush_and_acknowledge(self, time_ns: int) -> None:
+        """Flush disk and bitmaps at the same time, then wait until a write with this time may be acknowledged."""
+        loop = asyncio.get_running_loop()
+        flushes = [(copy.bitmap, loop.run_in_executor(None, copy.bitmap.flush)) for copy in self._tap.copies]
         try:
             await self._disk.flush()
         finally:
-            try:
-                await bitmap
-            except OSError as error:
-                # Only a loss of the whole host could lose bits now, and after that everything is sent again.
-                _log.error("tap.bitmap_flush_failed", file=str(self._tap.bitmap.path), error=str(error))
+            for bitmap, flush in flushes:
+                try:
+                    await flush
+                except OSError as error:
+                    # Only a loss of the whole host could lose bits now, and after that everything is sent again.
+                    _log.error("tap.bitmap_flush_failed", file=str(bitmap.path), error=str(error))
+        await self._acknowledge(time_ns)
+
+    async def _acknowledge(self, time_ns: int) -> None:
+        if self._gate.shut:
+            await self._gate.acknowledge(time_ns)
 
     def _copy_now(self, file: FileDisk, offset: int, length: int, data: memoryview | None) -> None:
         """Queue the blocks that a write touched, completed from the file; all of them from it without `data`."""
@@ -126,7 +140,7 @@ class TapExport:
         except OSError as error:
             self._tap.drop(f"blocks written by a guest cannot be read: {error}")
         self._tap.stamp()
-        self._tap.wrote(self._bits, first, copy)
+        self._tap.wrote(self._entry, first, copy)
 
     async def _write_later(self, offset: int, data: memoryview, fua: bool) -> None:
         def start() -> Awaitable[None] | None:
@@ -136,8 +150,8 @@ class TapExport:
             return self._copy(offset, len(data), data)
 
         await self._in_turn(offset, len(data), start, copy)
-        if fua:
-            await self._flush()
+        time_ns = self._tap.clock.time_ns
+        await (self._flush_and_acknowledge(time_ns) if fua else self._acknowledge(time_ns))
 
     async def _zero(self, offset: int, length: int, fua: bool, may_trim: bool) -> None:
         def start() -> Awaitable[None] | None:
@@ -147,8 +161,8 @@ class TapExport:
             return self._copy_zeroes(offset, length)
 
         await self._in_turn(offset, length, start, copy)
-        if fua:
-            await self._flush()
+        time_ns = self._tap.clock.time_ns
+        await (self._flush_and_acknowledge(time_ns) if fua else self._acknowledge(time_ns))
 
     async def _in_turn(
         self,
@@ -186,7 +200,7 @@ class TapExport:
         while waiting := [other.landed for other in self._under_way if other.flight.overlaps(first, stop)]:
             await asyncio.wait(waiting)
         under_way = _UnderWay(
-            self._tap.begin(self._bits, first, stop - first), asyncio.get_running_loop().create_future()
+            self._tap.begin(self._entry, first, stop - first), asyncio.get_running_loop().create_future()
         )
         self._under_way.append(under_way)
         return under_way
@@ -206,7 +220,7 @@ class TapExport:
             self._tap.drop(f"blocks written by a guest cannot be read: {error}")
             return
         self._tap.stamp()
-        self._tap.wrote(self._bits, start >> BLOCK_SHIFT, copy)
+        self._tap.wrote(self._entry, start >> BLOCK_SHIFT, copy)
 
     async def _copy_zeroes(self, offset: int, length: int) -> None:
         """Queue zeroes: whole blocks as ZERO, what is partly covered as blocks read from the disk."""
@@ -224,11 +238,11 @@ class TapExport:
             return
         self._tap.stamp()
         if head:
-            self._tap.wrote(self._bits, start >> BLOCK_SHIFT, head)
+            self._tap.wrote(self._entry, start >> BLOCK_SHIFT, head)
         if inner < outer:
-            self._tap.zeroed(self._bits, inner >> BLOCK_SHIFT, (outer - inner) >> BLOCK_SHIFT)
+            self._tap.zeroed(self._entry, inner >> BLOCK_SHIFT, (outer - inner) >> BLOCK_SHIFT)
         if tail:
-            self._tap.wrote(self._bits, outer >> BLOCK_SHIFT, tail)
+            self._tap.wrote(self._entry, outer >> BLOCK_SHIFT, tail)
 
     async def _read(self, start: int, stop: int) -> memoryview:
         """Return the bytes from `start` to `stop`; those beyond the end of the disk are zeroes."""

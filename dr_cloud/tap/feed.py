@@ -1,9 +1,9 @@
-"""The feed: the tap's connection to its source VDSA, and the synchronisations over it.
+"""The feed: the connection of one copy to its source VDSA, and the synchronisations over it.
 
 Purpose
-    Carries the messages that `dr_cloud.tap.tap` queues over a unix socket (`dr_cloud.tap.wire`) and brings back what
-    the VDSA says. It takes its turns on the guest's event loop, so each turn is short: a batch of 256 KiB, a piece of
-    a synchronisation of the same size.
+    Carries the messages that `dr_cloud.tap.copy` queues (`dr_cloud.tap.wire`) and brings back what the VDSA says. It
+    takes its turns on the guest's event loop, so each turn is short: a batch of 256 KiB, a piece of a synchronisation
+    of the same size.
 
 Retries
     It connects for ever, 50 ms to 2 s apart. A connection that breaks, or a VDSA that breaks the protocol, costs the
@@ -19,8 +19,7 @@ Synchronisation
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Final, cast
 
 import structlog
@@ -28,9 +27,10 @@ import structlog
 from dr_cloud.model.blocks import BLOCK_SHIFT, blocks_of
 from dr_cloud.model.errors import ProtocolError
 from dr_cloud.tap import wire
+from dr_cloud.tap.address import VdsaAddress
+from dr_cloud.tap.copy import Copy, State
 from dr_cloud.tap.disk import Disk
 from dr_cloud.tap.export import read_padded
-from dr_cloud.tap.tap import State, Tap
 
 BATCH_SECONDS_MAX: Final = 0.001
 PIECE_BLOCKS: Final = 64
@@ -47,28 +47,29 @@ _log = structlog.get_logger(__name__)
 
 
 class Feed(asyncio.Protocol):
-    """Keeps one tap connected to one VDSA. `run` never returns; cancel it to stop."""
+    """Keeps one copy connected to its VDSA. `run` never returns; cancel it to stop."""
 
-    def __init__(self, tap: Tap, disks: Sequence[Disk], path: Path) -> None:
-        """Take over `tap`'s hooks.
+    def __init__(self, copy: Copy, disks: Mapping[int, Disk], address: VdsaAddress) -> None:
+        """Take over `copy`'s hooks.
 
         Args:
-            tap: Its bitmap's disks stand in the same order as `disks`.
-            disks: Where the blocks to send again are read.
-            path: The VDSA's unix socket; it need not exist yet.
+            copy: Whose messages are carried.
+            disks: Where the blocks to send again are read, by the disk's index.
+            address: The VDSA's; nobody need be there yet.
         """
-        self._tap = tap
-        self._disks = {id(bits): disk for bits, disk in zip(tap.bitmap.disks, disks, strict=True)}
-        self._path = path
+        self._copy = copy
+        self._disks = disks
+        self._address = address
         self._transport: asyncio.Transport | None = None
         self._paused = False
+        self._stopped = False
         self._received = bytearray()
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        tap.on_batch = self._push_later
-        tap.on_full = self._push_soon
-        tap.on_change = self._changed.set
+        copy.on_batch = self._push_later
+        copy.on_full = self._push_soon
+        copy.on_change = self._changed.set
 
     async def run(self) -> None:
         """Connect, follow the connection to its end, and so on."""
@@ -77,10 +78,10 @@ class Feed(asyncio.Protocol):
         try:
             while True:
                 try:
-                    await self._loop.create_unix_connection(lambda: self, str(self._path))
+                    await self._address.connect(lambda: self)
                 except OSError as error:
                     if not told:
-                        _log.warning("tap.no_vdsa", socket=str(self._path), error=str(error))
+                        _log.warning("tap.no_vdsa", vdsa=str(self._address), copy=self._copy.number, error=str(error))
                         told = True
                     await asyncio.sleep(backoff)
                     backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
@@ -93,6 +94,7 @@ class Feed(asyncio.Protocol):
                 await asyncio.sleep(backoff)
                 backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
         finally:
+            self._stopped = True
             if self._transport is not None:
                 self._transport.abort()
                 self.connection_lost(None)
@@ -100,7 +102,7 @@ class Feed(asyncio.Protocol):
     async def _follow(self) -> None:
         """Begin a synchronisation whenever copies are missing and the socket has drained, until the connection ends."""
         while self._transport is not None:
-            if self._tap.state is State.TRACKING and not self._paused and not self._tap.queued_bytes:
+            if self._copy.state is State.TRACKING and not self._paused and not self._copy.queued_bytes:
                 await self._synchronise()
             else:
                 self._changed.clear()
@@ -110,18 +112,21 @@ class Feed(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Say HELLO."""
+        if self._stopped:
+            cast(asyncio.Transport, transport).abort()
+            return
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(TRANSPORT_BYTES_HIGH, TRANSPORT_BYTES_LOW)
         self._paused = False
         self._received.clear()
-        self._tap.connected()
+        self._copy.connected()
         self._push()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Go on by bits alone."""
         if self._transport is not None:
             self._transport = None
-            self._tap.lost()
+            self._copy.lost()
 
     def pause_writing(self) -> None:
         """The VDSA is behind: let the queue grow."""
@@ -140,14 +145,20 @@ class Feed(asyncio.Protocol):
         at = 0
         try:
             while len(received) - at >= wire.HEAD_BYTES:
-                kind, _, _, _, sequence, _, _, mark_id = wire.HEAD.unpack_from(received, at)
+                kind, _, _, _, sequence, time_ns, _, asked_id = wire.HEAD.unpack_from(received, at)
                 at += wire.HEAD_BYTES
                 if kind == wire.DURABLE:
-                    self._tap.durable(sequence)
+                    self._copy.durable(sequence)
                 elif kind == wire.MARK:
-                    self._tap.mark(mark_id)
+                    self._copy.mark(asked_id)
+                elif kind == wire.HOLD:
+                    self._copy.hold(asked_id, time_ns)
+                elif kind == wire.RELEASE:
+                    self._copy.release(asked_id)
+                elif kind == wire.ORDER:
+                    self._copy.order(time_ns)
                 elif kind == wire.RESYNC:
-                    self._tap.drop("the VDSA asked for it")
+                    self._copy.drop("the VDSA asked for it")
                 else:
                     raise ProtocolError(f"a VDSA sends no message of type {kind}")
         except ProtocolError as error:
@@ -174,33 +185,33 @@ class Feed(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             return
-        while not self._paused and (batch := self._tap.take()) is not None:
+        while not self._paused and (batch := self._copy.take()) is not None:
             transport.writelines(batch)
-        if self._tap.queued_bytes <= SYNC_QUEUE_BYTES_MAX:
+        if self._copy.queued_bytes <= SYNC_QUEUE_BYTES_MAX:
             self._changed.set()
 
     # Synchronising.
 
     async def _synchronise(self) -> None:
         """Send every block of TO_SEND."""
-        tap = self._tap
+        copy = self._copy
         try:
-            await asyncio.to_thread(tap.bitmap.flush)
+            await asyncio.to_thread(copy.bitmap.flush)
         except OSError as error:
             # It guards against the loss of the whole host only, and after that everything is sent again.
-            _log.error("tap.bitmap_flush_failed", file=str(tap.bitmap.path), error=str(error))
-        if self._transport is None or tap.state is not State.TRACKING or not tap.begin_sync():
+            _log.error("tap.bitmap_flush_failed", file=str(copy.bitmap.path), error=str(error))
+        if self._transport is None or copy.state is not State.TRACKING or not copy.begin_sync():
             return
-        number = tap.sync_number
-        _log.info("tap.sync_begins", blocks=tap.bitmap.dirty_blocks())
+        number = copy.sync_number
+        _log.info("tap.sync_begins", blocks=copy.bitmap.dirty_blocks())
         all_read = True
-        for bits, first, stop in tap.sync_runs():
-            disk = self._disks[id(bits)]
+        for bits, first, stop in copy.sync_runs():
+            disk = self._disks[bits.disk.index]
             data_stop = first
             while first < stop:
                 if not await self._room(number):
                     return
-                watch = tap.watch(bits, first, stop - first)
+                watch = copy.watch(bits, first, stop - first)
                 data: memoryview | None = None
                 try:
                     if first >= data_stop:
@@ -214,24 +225,24 @@ class Feed(asyncio.Protocol):
                     _log.error("tap.block_unreadable", disk=bits.disk.name, block=first, error=str(error))
                     all_read = False
                     watch.count = min(PIECE_BLOCKS, stop - first)
-                    if tap.sync_number == number:
-                        tap.skip_sync(watch)
+                    if copy.sync_number == number:
+                        copy.skip_sync(watch)
                 else:
-                    if tap.sync_number == number:
-                        tap.send_sync(watch, data)
+                    if copy.sync_number == number:
+                        copy.send_sync(watch, data)
                 first += watch.count
         if all_read:
-            tap.end_sync()
+            copy.end_sync()
             return
         await asyncio.sleep(UNREADABLE_SECONDS)
-        if tap.sync_number == number:
-            tap.drop("blocks could not be read in the synchronisation")
+        if copy.sync_number == number:
+            copy.drop("blocks could not be read in the synchronisation")
 
     async def _room(self, number: int) -> bool:
         """Wait until a piece may be read; return False if this synchronisation was broken off."""
         await asyncio.sleep(0)
-        while self._tap.sync_number == number:
-            if not self._paused and self._tap.queued_bytes <= SYNC_QUEUE_BYTES_MAX:
+        while self._copy.sync_number == number:
+            if not self._paused and self._copy.queued_bytes <= SYNC_QUEUE_BYTES_MAX:
                 return True
             self._changed.clear()
             await self._changed.wait()

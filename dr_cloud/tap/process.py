@@ -1,7 +1,10 @@
-"""The tap process: disks, bitmap, feed and NBD server on one event loop.
+"""The tap process: disks, bitmaps, feeds and NBD server on one event loop.
 
-It starts without a VDSA, and stops on SIGTERM or SIGINT: requests under way are answered, disks and bitmap flushed, the
-bitmap closed cleanly. What was queued for the VDSA then is sent again after the next start, by its bits.
+It starts without a VDSA, and stops on SIGTERM or SIGINT: requests under way are answered, disks and bitmaps flushed,
+the bitmaps closed cleanly. What was queued for a VDSA then is sent again after the next start, by its bits.
+
+SIGHUP: it reads its list of disks again, asks for their sizes, and serves what there is now (`dr_cloud.tap.disks`).
+What cannot be done is told in the log, and the tap goes on as it was.
 """
 
 from __future__ import annotations
@@ -18,43 +21,34 @@ import structlog
 
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.nbd.server import NbdServer
-from dr_cloud.nbd.table import ExportTable
-from dr_cloud.tap.bitmap import IntentBitmap
-from dr_cloud.tap.disk import Disk, FileDisk
-from dr_cloud.tap.export import TapExport
-from dr_cloud.tap.feed import Feed
-from dr_cloud.tap.tap import Tap
-from dr_cloud.tap.upstream import NbdDisk
+from dr_cloud.tap.address import VdsaAddress
+from dr_cloud.tap.bitmap import open_bitmaps
+from dr_cloud.tap.disks import DiskSet, DiskSource, close_all, open_disks, read_sources
+from dr_cloud.tap.tap import QUEUE_BYTES_MAX, Tap
 
 _log = structlog.get_logger(__name__)
-
-
-class DiskSource(NamedTuple):
-    """A disk to export: its name, and the path of a file or block device, or an NBD URI."""
-
-    name: str
-    address: str
 
 
 class TapOptions(NamedTuple):
     """What a tap process is started with. At least one of `socket` and `host` is given."""
 
+    server: str
     disks: Sequence[DiskSource]
-    vdsa: Path
+    vdsa: VdsaAddress
     state: Path
+    config: Path | None = None
+    """Lists more disks; read again on SIGHUP."""
+    copies: int = 1
     socket: Path | None = None
     host: str | None = None
     port: int = 0
-    queue_bytes_max: int = 64 << 20
+    queue_bytes_max: int = QUEUE_BYTES_MAX
     first_index: int = 0
     """Indexes of new disks begin here."""
 
-
-async def open_disk(address: str) -> Disk:
-    """Return the disk at a path or NBD URI. Raises `DrCloudError`."""
-    if "://" in address:
-        return await NbdDisk.connect(address)
-    return FileDisk(Path(address))
+    def sources(self) -> list[DiskSource]:
+        """Return all disks that are to be served now. Raises `DrCloudError`."""
+        return [*self.disks, *(read_sources(self.config) if self.config is not None else ())]
 
 
 async def serve(options: TapOptions, ready: Callable[[str], None]) -> None:
@@ -65,31 +59,30 @@ async def serve(options: TapOptions, ready: Callable[[str], None]) -> None:
         ready: Called once with one line that names every address.
 
     Raises:
-        DrCloudError: A disk, the state file or an address cannot be used.
+        DrCloudError: A disk, a state file or an address cannot be used.
     """
-    stop = asyncio.Event()
+    stop, again, wake = False, False, asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def on_stop() -> None:
+        nonlocal stop
+        stop = True
+        wake.set()
+
+    def on_hangup() -> None:
+        nonlocal again
+        again = True
+        wake.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
     async with contextlib.AsyncExitStack() as stack:
-        disks = []
-        for source in options.disks:
-            disk = await open_disk(source.address)
-            stack.push_async_callback(disk.close)
-            disks.append(disk)
-        bitmap = IntentBitmap(
-            options.state,
-            [(source.name, disk.size_bytes) for source, disk in zip(options.disks, disks, strict=True)],
-            first_index=options.first_index,
-        )
-        stack.push_async_callback(_close_bitmap, bitmap, disks)
-        tap = Tap(bitmap, options.queue_bytes_max)
-        table = ExportTable()
-        for bits, disk in zip(bitmap.disks, disks, strict=True):
-            table.add(TapExport(tap, bits, disk))
-        feed = asyncio.create_task(Feed(tap, disks, options.vdsa).run())
-        stack.push_async_callback(_cancel, feed)
-        server = NbdServer(table)
+        disks = await _open(options)
+        stack.push_async_callback(disks.close)
+        stack.push_async_callback(disks.stop)
+        disks.start()
+        server = NbdServer(disks.table)
         await server.start(
             unix_path=None if options.socket is None else str(options.socket), host=options.host, port=options.port
         )
@@ -97,26 +90,31 @@ async def serve(options: TapOptions, ready: Callable[[str], None]) -> None:
         # What stands now stays: the collector need not look at it again while guests wait.
         gc.collect()
         gc.freeze()
-        ready("tap ready: " + " ".join(uri for source in options.disks for uri in server.uris(source.name)))
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({stopped, feed}, return_when=asyncio.FIRST_COMPLETED)
-        if not stop.is_set():
-            # A bug in the feed. The guest's path stands; bits keep what has to be sent after a restart.
-            _log.critical("tap.feed_failed", error=repr(feed.exception()))
-            await stop.wait()
+        uris = [uri for name in disks.names for uri in server.uris(name)]
+        ready("tap ready: " + " ".join(uris or server.addresses))
+        while not stop:
+            await wake.wait()
+            wake.clear()
+            if again and not stop:
+                again = False
+                await _change(disks, options)
 
 
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait({task})
-
-
-async def _close_bitmap(bitmap: IntentBitmap, disks: Sequence[Disk]) -> None:
-    """Flush the disks, then close the bitmap as clean; it stays unclean if a disk cannot be flushed."""
+async def _open(options: TapOptions) -> DiskSet:
+    sources = options.sources()
+    disks = await open_disks(sources)
     try:
-        await asyncio.gather(*[disk.flush() for disk in disks])
-        await asyncio.to_thread(bitmap.close)
-    except OSError as error:
-        raise DrCloudError(
-            f"the tap could not flush at its end: {error}", "Look at the disks; their set bits are sent again."
-        ) from error
+        sizes = [(source.name, disks[source.name].size_bytes) for source in sources]
+        bitmaps = open_bitmaps(options.state, sizes, options.copies, first_index=options.first_index)
+    except BaseException:
+        await close_all(disks.values())
+        raise
+    return DiskSet(Tap(options.server, bitmaps, options.queue_bytes_max), sources, disks, options.vdsa)
+
+
+async def _change(disks: DiskSet, options: TapOptions) -> None:
+    try:
+        await disks.change(options.sources())
+    except (DrCloudError, OSError) as error:
+        remedy = error.remedy if isinstance(error, DrCloudError) else ""
+        _log.error("tap.disks_not_changed", error=str(error), remedy=remedy)

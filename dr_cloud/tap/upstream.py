@@ -93,6 +93,21 @@ class NbdDisk:
         length = min(length, EXTENTS_BYTES_MAX)
         return (await self._call(lambda client: client.block_status(offset, length)))[:count_max]
 
+    async def measure(self) -> int:
+        """Ask the server on a new connection, and go on with that if the size is another."""
+        try:
+            client = await AsyncNbdClient.connect(self._uri, timeout_seconds=_BACKOFF_SECONDS_MAX)
+        except (OSError, ProtocolError, ssl.SSLError):
+            return self.size_bytes
+        size_bytes = client.size_bytes
+        old = client
+        if size_bytes != self.size_bytes and self._client is not None:
+            old, self._client = self._client, client
+        # Requests under way on the old one are made again on the new.
+        with contextlib.suppress(OSError, ssl.SSLError):
+            await old.close()
+        return size_bytes
+
     async def close(self) -> None:
         """Close the connection."""
         if self._reconnecting is not None:

@@ -50,7 +50,7 @@ class Rig:
         return process
 
     def start_tap(self, queue: str = "64MiB") -> subprocess.Popen[str]:
-        arguments = ["--disk", f"d={self.source}", "--socket", f"{self.folder}/tap.sock", "--queue", queue]
+        arguments = ["--server", "db", "--disk", f"d={self.source}", "--socket", f"{self.folder}/tap.sock", "--queue", queue]
         arguments += ["--vdsa", f"{self.folder}/vdsa.sock", "--state", f"{self.folder}/state"]
         tap = self.start(sys.executable, "-m", "dr_cloud.cli.tap", *arguments)
         assert tap.stdout is not None
@@ -297,7 +297,7 @@ def test_outside_clients(rig: Rig) -> None:
 
 def test_wrong_use_is_told(rig: Rig) -> None:
     """A disk that is missing and a size that is none end with a sentence, and with 1 and 2."""
-    base = [sys.executable, "-m", "dr_cloud.cli.tap", "--vdsa", "v", "--state", str(rig.folder / "state")]
+    base = [sys.executable, "-m", "dr_cloud.cli.tap", "--server", "db", "--vdsa", "v", "--state", str(rig.folder / "state")]
     socket = ["--socket", str(rig.folder / "tap.sock")]
     for arguments, code, words in (
         (["--disk", f"d={rig.disk}", *socket], 1, "cannot be opened"),

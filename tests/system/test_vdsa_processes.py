@@ -58,7 +58,7 @@ class Rig:
 
     def start_tap(self) -> subprocess.Popen[str]:
         return self.start(
-            "dr_cloud.cli.tap", "--disk", f"d={self.disk}", "--socket", f"{self.folder}/tap.sock",
+            "dr_cloud.cli.tap", "--server", "db", "--disk", f"d={self.disk}", "--socket", f"{self.folder}/tap.sock",
             "--vdsa", f"{self.folder}/source.sock", "--state", f"{self.folder}/state",
         )  # fmt: skip
 

@@ -175,12 +175,14 @@ def test_damage_makes_all_dirty(path: Path, damage: Callable[[bytes], bytes]) ->
         (100 * KIB, [(4, 5)]),
         (100 * KIB + 1, [(4, 5), (25, 26)]),
         (400 * KIB, [(4, 5), (25, 100)]),
-        (96 * KIB, [(0, 24)]),
+        (96 * KIB, [(4, 5)]),
+        (97 * KIB, [(4, 5), (24, 25)]),
+        (16 * KIB, []),
         (128 << 21, [(4, 5), (25, 65536)]),
     ],
 )
 def test_resized_disk(path: Path, size: int, runs: list[tuple[int, int]]) -> None:
-    """A disk that has grown keeps its bits and its new part is dirty; one that has shrunk is dirty whole."""
+    """A disk that has grown keeps its bits and its new part is dirty; one that has shrunk keeps what is left."""
     bitmap = open_one(path)
     clear_all(bitmap)
     bitmap.disks[0].set(4, 1)

@@ -18,9 +18,10 @@ from dr_cloud.tap import disk as disk_module
 from dr_cloud.tap import wire
 from dr_cloud.tap.bitmap import IntentBitmap
 from dr_cloud.tap.bits import TO_SEND
+from dr_cloud.tap.copy import State
 from dr_cloud.tap.disk import FileDisk
 from dr_cloud.tap.export import TapExport, read_padded
-from dr_cloud.tap.tap import State, Tap
+from dr_cloud.tap.tap import Tap
 
 SIZE = 40 * BLOCK_SIZE + 1000
 
@@ -128,17 +129,18 @@ class Guest:
         self.disk = FileDisk(path)
         self.bitmap = IntentBitmap(path.with_name("state"), [("d", SIZE)])
         self.bitmap.disks[0].clear(TO_SEND)
-        self.tap = Tap(self.bitmap)
-        self.export = TapExport(self.tap, self.bitmap.disks[0], self.disk)
-        self.tap.connected()
-        self.tap.begin_sync()
-        self.tap.take()
+        self.tap = Tap("db", [self.bitmap])
+        self.copy = self.tap.copies[0]
+        self.export = TapExport(self.tap, self.tap.disks[0], self.disk)
+        self.copy.connected()
+        self.copy.begin_sync()
+        self.copy.take()
         self.replica = bytearray(path.read_bytes().ljust(41 * BLOCK_SIZE, b"\0"))
 
     def copies(self) -> list[tuple[int, int, int, int]]:
         """Return (kind, block, count, sequence) of what was queued."""
         found = []
-        for message in self.tap.take() or ():
+        for message in self.copy.take() or ():
             kind, _, _, count, sequence, _, block, _ = wire.HEAD.unpack_from(message)
             data = message[wire.HEAD_BYTES :] if kind == wire.WRITE else bytes(count * BLOCK_SIZE)
             self.replica[block * BLOCK_SIZE : (block + count) * BLOCK_SIZE] = data
@@ -218,7 +220,7 @@ async def test_copy_that_cannot_be_read_is_no_error_of_the_guest(path: Path, mon
 
     monkeypatch.setattr(guest.disk, "read_into", broken)
     assert guest.export.pwrite(100, memoryview(b"n" * 512), False) is None
-    assert guest.tap.state is State.TRACKING
+    assert guest.copy.state is State.TRACKING
     assert guest.bitmap.disks[0].test(0)
     await guest.close()
 
@@ -324,11 +326,11 @@ async def test_call_broken_off_keeps_its_bits(path: Path, monkeypatch: pytest.Mo
     await turns()
     trim.cancel()
     await asyncio.wait({trim})
-    assert guest.tap.state is State.TRACKING
-    guest.tap.begin_sync()
+    assert guest.copy.state is State.TRACKING
+    guest.copy.begin_sync()
     bits = guest.bitmap.disks[0]
-    guest.tap.send_sync(guest.tap.watch(bits, 0, 8), None)
-    guest.tap.durable(guest.tap.sequence)
+    guest.copy.send_sync(guest.copy.watch(bits, 0, 8), None)
+    guest.copy.durable(guest.tap.clock.sequence)
     assert bits.test(1)
     assert bits.test(2)
     assert guest.export.pwrite(4096, memoryview(bytes(4096)), False) is None

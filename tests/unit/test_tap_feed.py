@@ -14,11 +14,13 @@ from dr_cloud.model.blocks import BLOCK_SIZE
 from dr_cloud.nbd.export import Buffer
 from dr_cloud.tap import feed as feed_module
 from dr_cloud.tap import wire
+from dr_cloud.tap.address import VdsaAddress
 from dr_cloud.tap.bitmap import IntentBitmap
+from dr_cloud.tap.copy import State
 from dr_cloud.tap.disk import FileDisk
 from dr_cloud.tap.export import TapExport
 from dr_cloud.tap.feed import Feed
-from dr_cloud.tap.tap import State, Tap
+from dr_cloud.tap.tap import Tap
 
 BLOCKS = 300
 
@@ -31,13 +33,14 @@ class Rig:
         path.write_bytes(os.urandom(BLOCKS * BLOCK_SIZE))
         self.disk = FileDisk(path)
         self.bitmap = IntentBitmap(folder / "state", [("d", BLOCKS * BLOCK_SIZE)])
-        self.tap = Tap(self.bitmap)
-        self.export = TapExport(self.tap, self.bitmap.disks[0], self.disk)
+        self.tap = Tap("db", [self.bitmap])
+        self.copy = self.tap.copies[0]
+        self.export = TapExport(self.tap, self.tap.disks[0], self.disk)
         self.path = folder / "vdsa.sock"
         self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
 
     async def start(self) -> None:
-        self.feed = asyncio.create_task(Feed(self.tap, [self.disk], self.path).run())
+        self.feed = asyncio.create_task(Feed(self.copy, {0: self.disk}, VdsaAddress(self.path)).run())
 
     async def listen(self) -> None:
         self.server = await asyncio.start_unix_server(lambda *ends: self.connections.put_nowait(ends), self.path)
@@ -92,7 +95,8 @@ async def test_connects_syncs_and_clears(rig: Rig) -> None:
     reader, writer = await rig.accept()
     kind, _, _, _, body = await next_message(reader)
     assert kind == wire.HELLO
-    assert wire.Hello.model_validate_json(body).tap == rig.bitmap.tap_id
+    hello = wire.Hello.model_validate_json(body)
+    assert (hello.tap, hello.server, hello.copy_number) == (rig.bitmap.tap_id, "db", 0)
     blocks, sequence = await read_sync(reader)
     assert blocks == set(range(BLOCKS))
     rig.export.pwrite(5 * BLOCK_SIZE, memoryview(b"z" * BLOCK_SIZE), False)
@@ -164,7 +168,7 @@ async def test_unreadable_block_keeps_its_bit(rig: Rig, monkeypatch: pytest.Monk
     assert seen == set(range(BLOCKS)) - set(range(64, 128))
     bad = False
     blocks, sequence = await read_sync(reader)
-    while rig.tap.state is not State.STREAMING or 100 not in blocks:
+    while rig.copy.state is not State.STREAMING or 100 not in blocks:
         more, sequence = await read_sync(reader)
         blocks |= more
     writer.write(head(wire.DURABLE, sequence))
