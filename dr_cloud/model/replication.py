@@ -84,6 +84,8 @@ class SeenServer(_Record):
     disks: list[Disk]
     """Indexes here are the tap's own."""
     connected: bool
+    enterprise: str = ""
+    """Whose it is, where several enterprises' servers run: on a data center's host. A site leaves it empty."""
 
 
 class SourceReport(_Record):
