@@ -11,7 +11,8 @@ spread over orders of magnitude:
     How much random-looking data, and how much at all, is written. Usual is what the last day's minutes say: the median
     and six times their median deviation (which a burst of an hour does not move, as it would move mean and variance),
     or the 99th percentile where bursts are common. Twice that, in two intervals one after another, is suspicious. The
-    first hour only learns.
+    first hour only learns. While something is marked nothing is learnt, so that it does not become usual as it goes on;
+    after an hour it does, and the mark ends.
 
 A nightly job is a habit: what was reached on two other days of the last week at that hour of the day (or the hour
 before or after) is usual, for all three measures. So a job's first two nights may be marked; a single attack never
@@ -155,7 +156,8 @@ class Detector:
             levels[1:] = [0.0, 0.0]
         peaks = self._peaks[self._day % _DAYS, self._hour]
         np.maximum(peaks, levels, out=peaks)
-        if whole:
+        young = any(seen.until_ns - mark.since_ns < _HOUR_NS for mark in self._open.values())
+        if whole and not young:
             self._learn(seen.until_ns, seconds, bytes_per_second[1] * seconds, seen.bytes_raw)
 
     # What is usual.
