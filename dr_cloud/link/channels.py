@@ -24,9 +24,9 @@ Order
     channels there is no order; `close` and `credit` overtake data, the end of a channel does not.
 
 Flow
-    A fragment costs its bytes with the head. Each end gives a channel up to 4 MiB (less when very many are open) and
-    gives again what its reader has taken. While a reader waits, the parts of its next message count as taken, so a
-    message may be longer than the window.
+    A fragment costs its bytes with the head, but 256 at least, for that is what a small one takes up. Each end gives a
+    channel up to 4 MiB (less when very many are open) and gives again what its reader has taken. While a reader waits,
+    the parts of its next message count as taken, so a message may be longer than the window.
 
 Broken or hostile peers
     Everything the peer chooses has a limit here, and whatever breaks the rules raises `ProtocolError`: the session is
@@ -78,6 +78,7 @@ UNREAD_BYTES_MAX: Final = 1 << 30
 CHANNELS_MAX: Final = 1024
 """Open at a time, of either end."""
 _CONTROL_WAITING_MAX: Final = 4 * CHANNELS_MAX
+_COST_BYTES_MIN: Final = 256
 _TEXT: Final = 1
 _BINARY: Final = 2
 _END: Final = 3
@@ -124,8 +125,8 @@ class Channel:
         """Why it is over; None for a clean end."""
         self.queued_bytes = 0
         """Given to `send` and not yet given to the carrier."""
-        self.inbox: deque[tuple[Received, int]] = deque()
-        """Messages to be taken, and the credit that each sets free."""
+        self.inbox: deque[tuple[Received, int, int]] = deque()
+        """Messages to be taken, the credit that each sets free, and what it costs to keep it."""
         self.bucket = Bucket()
         self.on_change: Callable[[], None] = lambda: None
         """Called after anything above has changed."""
@@ -136,19 +137,25 @@ class Channel:
         self._in_turns = False
         self._allowed_bytes = 0
         self._taken_bytes = 0
-        self._step_bytes = 0
+        self._step_bytes = 1
         self._parts: list[memoryview] = []
         self._part_kind = 0
         self._part_left_bytes = 0
         self._part_due_bytes = 0
+        self._part_cost_bytes = 0
         self._unread_bytes = 0
 
     @property
     def _can_send(self) -> bool:
         if not self._outbox:
             return False
-        left = self._outbox[0].left_bytes
-        return self._outbox[0].kind == _END or min(left, FRAGMENT_BYTES) + HEAD_BYTES <= self._window_bytes
+        leaving = self._outbox[0]
+        return leaving.kind == _END or _cost(min(leaving.left_bytes, FRAGMENT_BYTES)) <= self._window_bytes
+
+
+def _cost(size_bytes: int) -> int:
+    """Return what a fragment takes of its channel's window."""
+    return max(size_bytes + HEAD_BYTES, _COST_BYTES_MIN)
 
 
 class Channels:
@@ -218,8 +225,8 @@ class Channels:
 
     def taken(self, channel: Channel) -> Received:
         """Take the next message out of `channel.inbox`."""
-        message, due_bytes = channel.inbox.popleft()
-        self._forget(channel, len(message))
+        message, due_bytes, cost_bytes = channel.inbox.popleft()
+        self._forget(channel, cost_bytes)
         self._give(channel, due_bytes)
         return message
 
@@ -307,7 +314,7 @@ class Channels:
             self._remove(channel)
         elif not leaving.left_bytes:
             channel._outbox.popleft()
-        channel._window_bytes -= size_bytes + HEAD_BYTES
+        channel._window_bytes -= _cost(size_bytes)
         channel.queued_bytes -= size_bytes
         channel.bucket.spend(size_bytes + HEAD_BYTES, now_ns)
         self.bucket.spend(size_bytes + HEAD_BYTES, now_ns)
@@ -385,7 +392,8 @@ class Channels:
             raise ProtocolError(f"a fragment of kind {kind} and {size} bytes with {left} left is not of this protocol")
         if under_way and (kind != channel._part_kind or left != channel._part_left_bytes):
             raise ProtocolError("a fragment does not go on where the one before it ended")
-        channel._allowed_bytes -= len(data)
+        cost = _cost(size)
+        channel._allowed_bytes -= cost
         if channel._allowed_bytes < 0:
             raise ProtocolError("the peer sent more than a channel's credit")
         if channel.over:
@@ -393,9 +401,10 @@ class Channels:
         channel._parts.append(body)
         channel._part_kind = kind
         channel._part_left_bytes = left - size
-        channel._part_due_bytes += len(data)
-        channel._unread_bytes += size
-        self._unread_bytes += size
+        channel._part_due_bytes += cost
+        channel._part_cost_bytes += cost
+        channel._unread_bytes += cost
+        self._unread_bytes += cost
         if self._unread_bytes > UNREAD_BYTES_MAX:
             raise ProtocolError(f"more than {UNREAD_BYTES_MAX} bytes wait to be read")
         if left == size:
@@ -412,10 +421,9 @@ class Channels:
                 message = str(body, "utf-8")
             except UnicodeDecodeError as error:
                 raise ProtocolError(f"a text message is not UTF-8: {error}") from None
-            self._forget(channel, len(body) - len(message))
-        due_bytes, channel._part_due_bytes = channel._part_due_bytes, 0
         channel.hungry = False
-        channel.inbox.append((message, due_bytes))
+        channel.inbox.append((message, channel._part_due_bytes, channel._part_cost_bytes))
+        channel._part_due_bytes = channel._part_cost_bytes = 0
         channel.on_change()
 
     # Book-keeping.
@@ -450,7 +458,6 @@ class Channels:
 
     def _drop_inbox(self, channel: Channel) -> None:
         channel.inbox.clear()
-        channel._parts.clear()
         self._forget(channel, channel._unread_bytes)
 
     def _take_turn(self, channel: Channel) -> None:
@@ -466,6 +473,9 @@ class Channels:
     def _over(self, channel: Channel, fault: Fault | None) -> None:
         if not channel.over:
             channel.over, channel.fault = True, fault
+            channel._parts.clear()
+            self._forget(channel, channel._part_cost_bytes)
+            channel._part_due_bytes = channel._part_cost_bytes = 0
             channel.on_change()
 
     def _remove(self, channel: Channel) -> None:
