@@ -20,6 +20,7 @@ Layout (little-endian; one file per copy; every part begins at a multiple of 409
         8    8   last time given out, ns since the epoch
        16    8   1 if closed cleanly, else 0
        24   16   boot id of the host that has it open
+       40    8   the greatest sequence that this copy's target has called durable: what cleared bits rest on
     planes of each disk: TO_SEND, EPOCH_A, EPOCH_B; one bit per 4 KiB block, bit b of byte i is block 8 i + b
 
     Version 1: first release.
@@ -94,6 +95,8 @@ SEQUENCE_MARGIN: Final = 1 << 32
 _HOT_SEQUENCE: Final = 0
 _HOT_TIME: Final = 1
 _HOT_CLEAN: Final = 2
+_HOT_DURABLE: Final = 5
+_HOT_BYTES: Final = 48
 _HOT_BOOT: Final = slice(24, 40)
 
 _log = structlog.get_logger(__name__)
@@ -234,7 +237,7 @@ class IntentBitmap:
         for bits, new in pairs:
             if bits is not None:
                 bits.carry(new)
-        for item in (_HOT_SEQUENCE, _HOT_TIME):
+        for item in (_HOT_SEQUENCE, _HOT_TIME, _HOT_DURABLE):
             beside.mapped.hot[item] = self.hot[item]
         os.rename(_beside_path(self.path), self.path)
         self.disks = [new if bits is None else bits.adopt(new) for bits, new in pairs]
@@ -316,7 +319,7 @@ class IntentBitmap:
             os.pwrite(fd, pack_head(head), 0)
             if len(data):
                 hot = head_bytes(len(old.entries))
-                os.pwrite(fd, data[hot : hot + 16], head_bytes(len(head.entries)))
+                os.pwrite(fd, data[hot : hot + _HOT_BYTES], head_bytes(len(head.entries)))
             for entry in head.entries:
                 os.pwrite(fd, self._bits_for(entry, known, data, everything), entry.offset)
             os.fsync(fd)
@@ -338,7 +341,7 @@ class IntentBitmap:
         memory = mmap.mmap(fd, 0)
         view = memoryview(memory)
         start = head_bytes(len(head.entries))
-        hot = view[start : start + 24].cast("Q")
+        hot = view[start : start + _HOT_BYTES].cast("Q")
         hot[_HOT_CLEAN] = 0
         view[start:][_HOT_BOOT] = self._boot
         disks = []
@@ -362,6 +365,15 @@ class IntentBitmap:
     def time_ns(self) -> int:
         """The time to go on from."""
         return self.hot[_HOT_TIME]
+
+    @property
+    def durable(self) -> int:
+        """The greatest sequence that the target has called durable; 0 if none."""
+        return self.hot[_HOT_DURABLE]
+
+    @durable.setter
+    def durable(self, sequence: int) -> None:
+        self.hot[_HOT_DURABLE] = sequence
 
     @property
     def dirty(self) -> bool:

@@ -212,6 +212,13 @@ class Copy:
             _log.warning("tap.dropped", copy=self.number, reason=reason, queued_bytes=self.queued_bytes)
         self._change(Event.DROPPED)
 
+    def send_whole(self, disk: int) -> None:
+        """The target has nothing that this copy's bits rest on: every block of the disk with this index is missing."""
+        self.drop("the VDSA asked for a whole disk")
+        for bits in self.bitmap.disks:
+            if bits.disk.index == disk:
+                bits.set(0, blocks_of(bits.disk.size_bytes))
+
     # The VDSA's side.
 
     def connected(self) -> None:
@@ -221,6 +228,7 @@ class Copy:
             server=self._server,
             copy_number=self.number,
             sequence=self._clock.sequence,
+            durable=self.bitmap.durable,
             disks=[bits.disk for bits in self.bitmap.disks],
         )
         body = hello.model_dump_json().encode()
@@ -282,6 +290,8 @@ class Copy:
             )
         if not self.queueing:
             return
+        # Before a bit is cleared: whoever reads the bits later must know on which target's word they were.
+        self.bitmap.durable = max(sequence, self.bitmap.durable)
         pending = self._pending
         while pending and pending[0][3] <= sequence:
             bits, first, count, _ = pending.popleft()

@@ -145,7 +145,7 @@ class Feed(asyncio.Protocol):
         at = 0
         try:
             while len(received) - at >= wire.HEAD_BYTES:
-                kind, _, _, _, sequence, time_ns, _, asked_id = wire.HEAD.unpack_from(received, at)
+                kind, flags, disk, _, sequence, time_ns, _, asked_id = wire.HEAD.unpack_from(received, at)
                 at += wire.HEAD_BYTES
                 if kind == wire.DURABLE:
                     self._copy.durable(sequence)
@@ -157,6 +157,8 @@ class Feed(asyncio.Protocol):
                     self._copy.release(asked_id)
                 elif kind == wire.ORDER:
                     self._copy.order(time_ns)
+                elif kind == wire.RESYNC and flags & wire.FLAG_WHOLE:
+                    self._copy.send_whole(disk)
                 elif kind == wire.RESYNC:
                     self._copy.drop("the VDSA asked for it")
                 else:
