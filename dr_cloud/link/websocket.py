@@ -32,7 +32,14 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as serve_websocket
-from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidStatus, WebSocketException
+from websockets.exceptions import (
+    ConnectionClosed,
+    ConnectionClosedOK,
+    InvalidProxy,
+    InvalidStatus,
+    InvalidURI,
+    WebSocketException,
+)
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
@@ -138,11 +145,16 @@ async def dial(url: str, context: ssl.SSLContext, proxy: str | None = None) -> S
         if error.response.status_code == http.HTTPStatus.FORBIDDEN:
             raise ForbiddenError(f"the provider refuses this site: {body}", "Ask it for a new pairing token.") from None
         raise ConnectionRefusedError(f"the provider answered {error.response.status_code}: {body}") from None
+    except ssl.SSLError:  # Some of these are also ValueErrors.
+        raise
+    except InvalidProxy as error:
+        # The proxy's URL may hold a password: it is not repeated.
+        raise DrCloudError(f"the proxy's URL is wrong: {error.msg}", "Write http://host:port.") from None
+    except (InvalidURI, ValueError) as error:
+        raise DrCloudError(f"no link can be made to {url!r}: {error}", "Write wss://host:port/link.") from None
     except WebSocketException as error:
         # A certificate that the other end does not accept looks like this too: TLS 1.3 tells it after the handshake.
         raise ConnectionRefusedError(f"no link could be made: {error}{_cause(error)}") from error
-    except ValueError as error:
-        raise DrCloudError(f"no link can be made to {url!r}: {error}", "Write wss://host:port/link.") from None
     try:
         peer = _peer(connection)
         if peer.service is None:
@@ -166,15 +178,9 @@ class LinkServer:
         """Those that stand now."""
         self._on_session = on_session
         self._admit = admit
-        self._server: Server | None = None
-
-    @property
-    def port(self) -> int:
+        self.port = 0
         """Where it listens."""
-        if self._server is None:
-            raise RuntimeError("the server was not started")
-        port: int = next(iter(self._server.sockets)).getsockname()[1]
-        return port
+        self._server: Server | None = None
 
     def revoke(self, serial: str) -> None:
         """Close the sessions of a certificate that `admit` refuses from now on."""
@@ -210,6 +216,7 @@ class LinkServer:
             max_queue=_QUEUE_MESSAGES,
             write_limit=_WRITE_BYTES,
         )
+        self.port = next(iter(self._server.sockets)).getsockname()[1]
 
     async def _check(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.path != PATH:
