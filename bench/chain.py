@@ -56,7 +56,7 @@ def tap(directory: Path, name: str, disk: Path, vdsa: Path, queue: str = "64MiB"
     """Run a tap in front of `disk`; gives its URI."""
     socket = directory / f"{name}.sock"
     process = Process(
-        f"tap-{name}", directory, _CLI, "tap", "--server", name, "--disk", f"disk={disk}", "--socket", str(socket),
+        f"tap-{name}", directory, _CLI, "tap", "--server", "server", "--disk", f"disk={disk}", "--socket", str(socket),
         "--vdsa", str(vdsa), "--state", str(directory / f"{name}.state"), "--queue", queue,
     )  # fmt: skip
     with _stopped(process):
@@ -132,7 +132,8 @@ def running_chain(
     )  # fmt: skip
     with _stopped(process):
         source = Process(
-            "source", directory, _CLI, "vdsa", "source", "--scope", "/".join(SCOPE), "--target", address,
+            "source", directory, _CLI, "vdsa", "source", "--scope", "/".join(SCOPE), "--member", "server/disk=0",
+            "--target", address,
             "--socket", str(chain.source_socket), "--keyring", keyring,
             "--checkpoint-seconds", str(checkpoint_seconds),
         )  # fmt: skip

@@ -90,7 +90,7 @@ async def _stack(options: argparse.Namespace) -> None:
     cache = ObjectCache(CacheFolder(options.work / "cache", plan.scope, plan.journal, CACHE_BYTES), reader)
     stack = await asyncio.to_thread(Stack.open, plan, cache, options.work, clock_ns=time.monotonic_ns)
     server = await serve_stack(stack, cache, unix_path=options.listen)
-    print(server.uris["disk"][0], flush=True)
+    print(next(iter(server.uris.values()))[0], flush=True)
     await _until_stopped()
     await server.close()
     cache.close()

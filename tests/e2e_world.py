@@ -118,6 +118,8 @@ class Chain(Processes):
         environment: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(folder, environment)
+        self.members = ["tap/d=0"]
+        """SERVER/DISK=INDEX of every disk; a tap's server has the tap's name."""
         self.store_url = store_url or f"file://{folder}/store"
         self.checkpoint_seconds = checkpoint_seconds
         self.keyring = folder / "keyring.json"
@@ -136,8 +138,9 @@ class Chain(Processes):
         )  # fmt: skip
 
     def start_source(self) -> None:
+        members = [word for member in self.members for word in ("--member", member)]
         self.start(
-            "source", "dr_cloud.cli.main", "vdsa", "source", "--scope", "/".join(SCOPE),
+            "source", "dr_cloud.cli.main", "vdsa", "source", "--scope", "/".join(SCOPE), *members,
             "--target", self.target_address, "--socket", f"{self.folder}/source.sock", "--keyring", str(self.keyring),
             "--checkpoint-seconds", str(self.checkpoint_seconds), "--connections", "2",
         )  # fmt: skip
@@ -152,6 +155,7 @@ class Chain(Processes):
 
     def start_all(self, disks: Mapping[str, Path], *more: str) -> None:
         """Start the three parts and wait until the first synchronisation is testable."""
+        self.members = [f"tap/{disk}={index}" for index, disk in enumerate(disks)]
         self.start_target()
         self.start_source()
         self.start_tap(disks, *more)
@@ -258,9 +262,9 @@ class Stacks:
             self.stop(server)
 
     def image(self, plan: ImagePlan) -> dict[str, bytes]:
-        """Return whole disks of a stack, read over NBD."""
+        """Return whole disks of a stack by their servers' names for them, read over NBD."""
         with self.at(plan) as server:
-            return {disk: read_disk(uris[0]) for disk, uris in server.uris.items()}
+            return {disk.partition("/")[2]: read_disk(uris[0]) for disk, uris in server.uris.items()}
 
     def close(self) -> None:
         for server in list(self._servers):

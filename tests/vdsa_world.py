@@ -40,6 +40,7 @@ from dr_cloud.tap.tap import Tap
 from dr_cloud.vdsa.actions import (
     Answer,
     CloseTap,
+    EndHold,
     FlushSoon,
     NewStream,
     Prepare,
@@ -50,8 +51,9 @@ from dr_cloud.vdsa.actions import (
     SourceLimits,
 )
 from dr_cloud.vdsa.batch import prepare, seal
-from dr_cloud.vdsa.feed import FeedParser
+from dr_cloud.vdsa.feed import FeedParser, Record
 from dr_cloud.vdsa.source import SourceCore
+from dr_cloud.vdsa.taps import Announced
 from dr_cloud.vdsa.target import FrameItem, Pending, TargetCore
 
 SCOPE = Scope("acme", "shop", "dc1")
@@ -66,12 +68,14 @@ class WorldTap:
     def __init__(self, world: World, name: str, path: Path) -> None:
         self.world = world
         self.bitmap = IntentBitmap(path, [(name, DISK_BLOCKS * BLOCK_SIZE)], boot=bytes(16))
-        # Disk indexes are one space over a VPG; a tap numbers its own from 0, so the world shifts them.
-        self.core = Tap(name, [self.bitmap], queue_bytes_max=40 * BLOCK_SIZE, now=world.clock)
+        self.index = len(world.taps)
+        """Of its disk in the VPG; its own index is 0."""
+        self.server = f"s{self.index}"
+        self.core = Tap(
+            self.server, [self.bitmap], queue_bytes_max=40 * BLOCK_SIZE, now=world.clock, monotonic=world.clock
+        )
         self.tap = self.core.copies[0]
         self.bits = self.bitmap.disks[0]
-        self.core.disks[0].index = len(world.taps)
-        self.bits.disk = self.bits.disk.model_copy(update={"index": len(world.taps)})
         self.disk = [ZERO] * DISK_BLOCKS
         self.connection: int | None = None
         self.outgoing = bytearray()
@@ -81,7 +85,7 @@ class WorldTap:
         self.disk[first : first + len(blocks)] = blocks
         self.core.stamp()
         for at, block in enumerate(blocks):
-            self.world.history.append((self.core.clock.time_ns, self.bits.disk.index, first + at, block))
+            self.world.history.append((self.core.clock.time_ns, self.index, first + at, block))
         if any(block != ZERO for block in blocks):
             self.core.wrote(self.core.disks[0], first, b"".join(blocks))
         else:
@@ -141,7 +145,13 @@ class World:
         self.by_connection: dict[int, WorldTap] = {}
         self.paused: set[int] = set()
         self.jobs: list[Any] = []
-        self.source = SourceCore(self.limits, lambda: next(self.streams).to_bytes(16, "big"), self.now_ns)
+        self.source = SourceCore(
+            self.limits,
+            {tap.server: {"d": tap.index} for tap in self.taps},
+            lambda: next(self.streams).to_bytes(16, "big"),
+            self.now_ns,
+            self.clock,
+        )
 
     def start_target(self) -> None:
         """Kill the target, if there is one, and start another on the same store."""
@@ -160,11 +170,24 @@ class World:
         if tap.connection is None:
             tap.connection = next(self.tap_connections)
             tap.outgoing.clear()
-            self.parsers[tap.connection] = FeedParser()
+            parser = self.parsers[tap.connection] = FeedParser()
             self.by_connection[tap.connection] = tap
-            self.do(self.source.tap_connected(tap.connection))
+            self.paused.add(tap.connection)
             tap.tap.connected()
             tap.push()
+            # The hub reads HELLO, whatever its length.
+            self.feed(tap, parser, 1 << 20)
+            assert parser.hello is not None
+            parser.attach({0: tap.index})
+            disk = parser.hello.disks[0].model_copy(update={"index": tap.index, "name": f"{tap.server}/d"})
+            announced = Announced(parser.hello.tap, tap.server, "host", parser.hello.durable, {0: disk})
+            self.do(self.source.tap_connected(tap.connection, announced))
+
+    def feed(self, tap: WorldTap, parser: FeedParser, count: int) -> list[Record]:
+        data = bytes(tap.outgoing[:count])[: len(parser.buffer())]
+        del tap.outgoing[: len(data)]
+        parser.buffer()[: len(data)] = data
+        return parser.advance(len(data))
 
     def drop_tap(self, tap: WorldTap, tell: bool = True) -> None:
         """The connection breaks; with it goes what is in the socket."""
@@ -214,20 +237,29 @@ class World:
                     self.links = []
                 case Answer():
                     self.answers.append(action.durable)
-                case FlushSoon():
+                case FlushSoon() | EndHold():
                     pass
 
     def tell_tap(self, action: SendTap) -> None:
         tap = self.by_connection.get(action.connection)
         if tap is None:
             return
-        kind, _, _, _, sequence, _, _, mark = wire.HEAD.unpack(action.data)
-        if kind == wire.MARK:
-            tap.tap.mark(mark)
-        elif kind == wire.DURABLE:
-            tap.tap.durable(sequence)
-        else:
-            tap.tap.drop("asked")
+        kind, flags, disk, _, sequence, time_ns, _, asked = wire.HEAD.unpack(action.data)
+        match kind:
+            case wire.MARK:
+                tap.tap.mark(asked)
+            case wire.DURABLE:
+                tap.tap.durable(sequence)
+            case wire.HOLD:
+                tap.tap.hold(asked, time_ns)
+            case wire.RELEASE:
+                tap.tap.release(asked)
+            case wire.ORDER:
+                tap.tap.order(time_ns)
+            case wire.RESYNC if flags & wire.FLAG_WHOLE:
+                tap.tap.send_whole(disk)
+            case wire.RESYNC:
+                tap.tap.drop("asked")
 
     # Steps.
 
@@ -236,12 +268,7 @@ class World:
         tap.push()
         if tap.connection is None or tap.connection in self.paused:
             return
-        parser = self.parsers[tap.connection]
-        data = bytes(tap.outgoing[:count])[: len(parser.buffer())]
-        del tap.outgoing[: len(data)]
-        parser.buffer()[: len(data)] = data
-        records = parser.advance(len(data))
-        self.do(self.source.received(tap.connection, records, parser.hello))
+        self.do(self.source.received(tap.connection, self.feed(tap, self.parsers[tap.connection], count)))
 
     def run_job(self, choice: int) -> None:
         """One thread finishes, in any order."""
@@ -251,7 +278,7 @@ class World:
         if isinstance(job, Prepare):
             self.do(self.source.prepared(job.stream, job.number, prepare(KEYS, job.batch)))
         else:
-            message = seal(KEYS, job.stream, job.number, job.prepared, job.locs)
+            message = seal(KEYS, job.stream, job.number, job.prepared, job.locs, job.level)
             self.do(self.source.sealed(job.stream, job.number, message))
 
     def deliver(self, choice: int, twice: bool = False) -> None:
@@ -306,7 +333,7 @@ class World:
 
     def tick(self) -> None:
         self.now_ns += int(self.limits.checkpoint_seconds * 1e9) + 1
-        self.do(self.source.tick(self.now_ns))
+        self.do(self.source.tick(self.now_ns, True))
 
     def settle(self) -> None:
         """Let everything connect and come to rest, and make a last checkpoint."""
@@ -362,12 +389,7 @@ class World:
             assert plan.at_ns == at_ns
             assert reader.image(plan) == self.expected(at_ns), f"image({at_ns}) is wrong"
         newest = reader.image(catalogue.plan(catalogue.newest_ns or 0))
-        disks = {
-            (tap.bits.disk.index, block): data
-            for tap in self.taps
-            for block, data in enumerate(tap.disk)
-            if data != ZERO
-        }
+        disks = {(tap.index, block): data for tap in self.taps for block, data in enumerate(tap.disk) if data != ZERO}
         assert newest == disks, "the newest image is not the disks"
         return len(times)
 

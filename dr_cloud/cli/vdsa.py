@@ -18,13 +18,13 @@ import uvloop
 from dr_cloud.link.messages import CONNECTIONS_MAX
 from dr_cloud.link.stream import PlainStream, address_of, connect, listen, split_address
 from dr_cloud.model.errors import DrCloudError
-from dr_cloud.model.ids import Scope
+from dr_cloud.model.ids import Scope, check_name
+from dr_cloud.model.replication import SourceOrders
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
 from dr_cloud.store.store import Store
 from dr_cloud.tap.memory import keep_freed_memory
-from dr_cloud.vdsa.actions import SourceLimits
-from dr_cloud.vdsa.source_io import SourceVdsa
+from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.target_io import TargetVdsa
 
 app = typer.Typer(help="The two sides of a VDSA as plain processes.", no_args_is_help=True)
@@ -61,14 +61,30 @@ def _scope(text: str) -> Scope:
     return Scope(*parts).checked()
 
 
-async def _source(
-    scope_text: str, target: str, socket: Path, keyring: Path, connections: int, limits: SourceLimits
-) -> None:
-    scope = _scope(scope_text)
+def _members(texts: list[str]) -> dict[str, dict[str, int]]:
+    """Return the members that `SERVER/DISK=INDEX` words name."""
+    members: dict[str, dict[str, int]] = {}
+    for text in texts:
+        place, _, index = text.rpartition("=")
+        server, _, disk = place.partition("/")
+        if not disk or not index.isdecimal():
+            raise DrCloudError(f"{text!r} is no member", "Write SERVER/DISK=INDEX, like db/sda=0.")
+        members.setdefault(check_name(server, "server"), {})[disk] = int(index)
+    return members
+
+
+async def _source(orders: SourceOrders, target: str, socket: Path, keyring: Path, connections: int) -> None:
     split_address(target)
-    keys = Keyring.open(keyring).vpg_keys(scope)
-    vdsa = SourceVdsa(keys, scope, socket, lambda: connect(target), connections=connections, limits=limits)
-    await vdsa.run(lambda: print(f"source VDSA ready: taps unix:{socket}, target {target}", flush=True))
+    hub = SourceHub(Keyring.open(keyring), lambda scope: connect(target), connections=connections)
+    await hub.listen("localhost", f"unix:{socket}")
+    await hub.configure([orders])
+    print(f"source VDSA ready: taps unix:{socket}, target {target}", flush=True)
+    try:
+        while not hub.replaced(orders.scope):
+            await asyncio.sleep(0.2)
+        raise DrCloudError(hub.reports()[0].problem, "Stop the other source VDSA, or leave this one stopped.")
+    finally:
+        await hub.close()
 
 
 async def _target(name: str, address: str, store_url: str, keyring: Path, work: Path) -> None:
@@ -110,12 +126,23 @@ def source(
     target: Annotated[str, typer.Option(help="The target VDSA: unix:/path or tcp:host:port.")],
     socket: Annotated[Path, typer.Option(help="Unix socket where the VPG's taps connect.")],
     keyring: Annotated[Path, typer.Option(help="The local keyring.")],
+    member: Annotated[list[str], typer.Option(help="SERVER/DISK=INDEX: a disk of the VPG, and its index there.")],
     connections: Annotated[int, typer.Option(min=1, max=CONNECTIONS_MAX, help="Connections to the target.")] = 1,
     checkpoint_seconds: Annotated[float, typer.Option(min=0.1, help="Time between checkpoints.")] = 5.0,
+    copy_number: Annotated[int, typer.Option(min=0, max=2, help="Which copy of the taps.")] = 0,
 ) -> None:
     """Run the source side of one VPG: taps in, sealed frames out. Runs until SIGTERM."""
-    limits = SourceLimits(checkpoint_seconds=checkpoint_seconds)
-    _run("source", _source(scope, target, socket, keyring, connections, limits))
+
+    async def run() -> None:
+        orders = SourceOrders(
+            scope=_scope(scope),
+            copy_number=copy_number,
+            members=_members(member),
+            checkpoint_seconds=checkpoint_seconds,
+        )
+        await _source(orders, target, socket, keyring, connections)
+
+    _run("source", run())
 
 
 @app.command()

@@ -42,7 +42,7 @@ ROWS_BEFORE: Final = 20_000
 RUN_SECONDS: Final = 16.0
 CORRUPT_FROM_SECONDS: Final = 3.0
 CORRUPT_TO_SECONDS: Final = 13.0
-_DISK: Final = "shop"
+_DISK: Final = "shop/shop"
 _SVG_FORMAT: Final = re.sub(r"@font-face \{\{.*?\}\}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 """The picture asks for no font from a network."""
 

@@ -105,7 +105,7 @@ class Demonstration:
         run = self.directory / "run"
         source = self._start(
             "source", "dr_cloud.cli.main", "vdsa", "source",
-            "--scope", "/".join(SCOPE), "--target", f"unix:{run}/vdsa.sock", "--socket", f"{run}/source.sock",
+            "--scope", "/".join(SCOPE), "--member", "shop/shop=0", "--target", f"unix:{run}/vdsa.sock", "--socket", f"{run}/source.sock",
             "--keyring", str(self.settings.keyring), "--checkpoint-seconds", str(CHECKPOINT_SECONDS),
         )  # fmt: skip
         tap = self._start(

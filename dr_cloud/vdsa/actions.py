@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dr_cloud.link.messages import Durable
+from dr_cloud.model.vpg import Order
 from dr_cloud.vdsa.batch import Batch, Prepared
 
 
@@ -29,6 +30,12 @@ class SourceLimits:
     """Sealed bytes beyond which only taps that hold the checkpoint back are read."""
     hung_seconds: float = 30.0
     """How long a tap may leave a MARK unanswered."""
+    order: Order = "barrier"
+    """How writes of taps on several hosts are ordered."""
+    hold_seconds: float = 0.02
+    """A barrier that has not closed by then is given up."""
+    uncertainty_ns: int = 10_000_000
+    """By how much the clocks of two hosts of a site may differ (for commit-wait)."""
 
 
 class Prepare(NamedTuple):
@@ -46,6 +53,7 @@ class Seal(NamedTuple):
     number: int
     prepared: Prepared
     locs: NDArray[np.uint64]
+    level: int
 
 
 class Send(NamedTuple):
@@ -79,6 +87,12 @@ class FlushSoon(NamedTuple):
     """Call `flush` after `SourceLimits.batch_seconds`."""
 
 
+class EndHold(NamedTuple):
+    """Call `end_hold` with this id after `SourceLimits.hold_seconds`."""
+
+    id: int
+
+
 class NewStream(NamedTuple):
     """Drop the link and connect again: the core's stream is a new one."""
 
@@ -89,4 +103,4 @@ class Answer(NamedTuple):
     durable: Durable
 
 
-Action = Prepare | Seal | Send | SendTap | CloseTap | ReadTap | FlushSoon | NewStream | Answer
+Action = Prepare | Seal | Send | SendTap | CloseTap | ReadTap | FlushSoon | EndHold | NewStream | Answer

@@ -1,11 +1,16 @@
 """The source's end of the feed from one tap: bytes to records, in large buffers, without copying a block.
 
-The transport fills a buffer of 2 MiB; records are cut out of it as views. A full buffer is left to the records that
-still refer to it and a new one begun, so a block's bytes stay where the kernel put them until they are sealed.
+The transport fills a buffer; records are cut out of it as views. A full buffer is left to the records that still refer
+to it and a new one begun, so a block's bytes stay where the kernel put them until they are sealed. Buffers are small
+until much comes at once: a hundred idle taps cost little.
+
+A tap counts its disks by itself. After HELLO the parser stops, until `attach` says which of them are protected and what
+their indexes in the VPG are; records of the others are left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -16,12 +21,16 @@ from dr_cloud.model.errors import ProtocolError
 from dr_cloud.tap import wire
 
 BUFFER_BYTES: Final = 2 << 20
+_SMALL_BUFFER_BYTES: Final = 64 << 10
+_MUCH_BYTES: Final = 48 << 10
+"""So much at once makes the next buffer a large one."""
 _FREE_BYTES_MIN: Final = 64 << 10
+_SMALL_FREE_BYTES_MIN: Final = 8 << 10
 HELLO_BYTES_MAX: Final = 256 << 10
 
 
 class Record(NamedTuple):
-    """One message of a tap. `body` is empty but for WRITE."""
+    """One message of a tap. `body` is empty but for WRITE; `disk` is the index in the VPG."""
 
     type: int
     disk: int
@@ -31,14 +40,16 @@ class Record(NamedTuple):
     block: int
     id: int
     body: memoryview
+    flags: int = 0
 
 
 _EMPTY: Final = memoryview(b"")
+_ANSWERS: Final = (wire.SYNC_BEGIN, wire.SYNC_END, wire.MARKED, wire.HELD, wire.RELEASED)
 
 
-def _new_buffer() -> memoryview:
+def _new_buffer(size_bytes: int) -> memoryview:
     """Return a buffer that was not filled with zeroes first, as a bytearray is: the kernel fills it."""
-    return np.empty(BUFFER_BYTES, np.uint8).data
+    return np.empty(size_bytes, np.uint8).data
 
 
 _make_record = Record._make
@@ -53,12 +64,20 @@ class FeedParser:
 
     def __init__(self) -> None:
         self.hello: wire.Hello | None = None
+        self._attached = False
+        self._indexes: Mapping[int, int] = {}
         self._blocks: dict[int, int] = {}
-        self._view = _new_buffer()
+        self._view = _new_buffer(_SMALL_BUFFER_BYTES)
         self._start = 0
         self._end = 0
         self._sequence = 0
         self._time_ns = 0
+        self._much = False
+
+    def attach(self, indexes: Mapping[int, int]) -> None:
+        """Go on after HELLO: `indexes` gives the index in the VPG of each protected disk. Then call `advance(0)`."""
+        self._indexes = indexes
+        self._attached = True
 
     def buffer(self) -> memoryview:
         """Return where the next received bytes go; never empty."""
@@ -70,12 +89,14 @@ class FeedParser:
         Raises `ProtocolError` for anything that a tap cannot have sent: the connection must be closed.
         """
         self._end += count
+        self._much = count >= _MUCH_BYTES
         view, position, end = self._view, self._start, self._end
         unpack, head_bytes = wire.HEAD.unpack_from, wire.HEAD_BYTES
+        index_of = self._indexes.get
         records: list[Record] = []
         append = records.append
-        while end - position >= head_bytes:
-            kind, _flags, disk, count, sequence, time_ns, block, mark = unpack(view, position)
+        while end - position >= head_bytes and (self._attached or self.hello is None):
+            kind, flags, disk, count, sequence, time_ns, block, mark = unpack(view, position)
             body_start = position + head_bytes
             if kind == wire.WRITE:
                 position = body_start + (count << BLOCK_SHIFT)
@@ -85,7 +106,10 @@ class FeedParser:
                     position = body_start - head_bytes
                     break
                 self._check(disk, block, count, sequence, time_ns)
-                append(_make_record((kind, disk, count, sequence, time_ns, block, 0, view[body_start:position])))
+                if (index := index_of(disk)) is not None:
+                    append(
+                        _make_record((kind, index, count, sequence, time_ns, block, 0, view[body_start:position], 0))
+                    )
             elif kind == wire.HELLO:
                 if self.hello is not None or count > HELLO_BYTES_MAX:
                     raise ProtocolError("a second or too long HELLO")
@@ -93,14 +117,18 @@ class FeedParser:
                     break
                 position = body_start + count
                 self._greet(bytes(view[body_start:position]))
-                append(_make_record((kind, disk, 0, sequence, time_ns, block, mark, _EMPTY)))
-            elif kind in (wire.ZERO, wire.SYNC_BEGIN, wire.SYNC_END, wire.MARKED):
-                if kind == wire.ZERO:
-                    self._check(disk, block, count, sequence, time_ns)
-                elif count or self.hello is None:
-                    raise ProtocolError(f"a message of type {kind} with a body or before HELLO")
+            elif self.hello is None:
+                raise ProtocolError(f"a message of type {kind} before HELLO")
+            elif kind == wire.ZERO:
+                self._check(disk, block, count, sequence, time_ns)
                 position = body_start
-                append(_make_record((kind, disk, count, sequence, time_ns, block, mark, _EMPTY)))
+                if (index := index_of(disk)) is not None:
+                    append(_make_record((kind, index, count, sequence, time_ns, block, 0, _EMPTY, 0)))
+            elif kind in _ANSWERS:
+                if count:
+                    raise ProtocolError(f"a message of type {kind} with a body")
+                position = body_start
+                append(_make_record((kind, 0, 0, sequence, time_ns, 0, mark, _EMPTY, flags)))
             else:
                 raise ProtocolError(f"unknown message type {kind} from a tap")
         self._start = position
@@ -128,13 +156,14 @@ class FeedParser:
     def _make_room(self) -> None:
         """Begin a new buffer when little is free, or when the record that has begun cannot end in this one."""
         rest = self._end - self._start
-        need = _FREE_BYTES_MIN
+        need = _FREE_BYTES_MIN if len(self._view) == BUFFER_BYTES else _SMALL_FREE_BYTES_MIN
         if rest >= wire.HEAD_BYTES:
             kind, _, _, count, *_ = wire.HEAD.unpack_from(self._view, self._start)
             body = count << BLOCK_SHIFT if kind == wire.WRITE else count if kind == wire.HELLO else 0
             need = max(need, wire.HEAD_BYTES + min(body, BUFFER_BYTES // 2) - rest)
-        if BUFFER_BYTES - self._end >= need:
+        if len(self._view) - self._end >= need:
             return
-        fresh = _new_buffer()
+        small = not self._much and rest + need <= _SMALL_BUFFER_BYTES
+        fresh = _new_buffer(_SMALL_BUFFER_BYTES if small else BUFFER_BYTES)
         fresh[:rest] = self._view[self._start : self._end]
         self._view, self._start, self._end = fresh, 0, rest

@@ -1,29 +1,26 @@
-"""The source VDSA of one VPG: tap sockets, threads and the link around `SourceCore`.
+"""The source VDSA of one VPG and one of its targets: threads and the link around `SourceCore`.
 
 Purpose
-    Listens on a unix socket for taps (`dr_cloud.tap.wire`), hashes and seals in threads, and keeps a link of one or
-    more connections to the target VDSA.
+    Takes what the hub's taps send (`dr_cloud.vdsa.hub`), hashes and seals in threads, and keeps a link of one or more
+    connections to the target VDSA. Threads and the clock's ticks are the hub's, shared by all its sources.
 
 Retries
-    The link is made again for ever, with growing waits. Two refusals end the process: another source has taken the VPG
-    over; nothing else does. The taps never wait for any of this.
+    The link is made again for ever, with growing waits. One refusal ends the source: another one has taken the VPG
+    over. The taps never wait for any of this.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import os
 import random
 import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Final, cast
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import Executor
+from typing import Any, Final, Protocol
 
 import numpy as np
 import structlog
@@ -41,14 +38,17 @@ from dr_cloud.link.messages import (
     decode_data,
     encode_control,
 )
-from dr_cloud.link.stream import Message, MessageStream
+from dr_cloud.link.stream import Message, MessageStream, parts_of
+from dr_cloud.link.throttle import Bucket
 from dr_cloud.model.errors import DrCloudError, ProtocolError
-from dr_cloud.model.ids import Scope
+from dr_cloud.model.replication import SourceOrders, SourceReport
+from dr_cloud.model.units import SECOND_NS
 from dr_cloud.seal.keys import VpgKeys
 from dr_cloud.vdsa.actions import (
     Action,
     Answer,
     CloseTap,
+    EndHold,
     FlushSoon,
     NewStream,
     Prepare,
@@ -59,17 +59,18 @@ from dr_cloud.vdsa.actions import (
     SourceLimits,
 )
 from dr_cloud.vdsa.batch import prepare, seal
-from dr_cloud.vdsa.feed import FeedParser
+from dr_cloud.vdsa.feed import Record
 from dr_cloud.vdsa.source import SourceCore
+from dr_cloud.vdsa.taps import Announced
 
-_PING_SECONDS: Final = 5.0
-_SILENCE_SECONDS: Final = 30.0
+_PING_NS: Final = 5 * SECOND_NS
+_SILENCE_NS: Final = 30 * SECOND_NS
 _WELCOME_SECONDS: Final = 30.0
-_TICK_SECONDS: Final = 0.05
+_TICK_SECONDS_MAX: Final = 0.25
 _WAIT_SECONDS_MIN: Final = 0.1
 _WAIT_SECONDS_MAX: Final = 5.0
-_TAP_WRITE_BYTES_MAX: Final = 1 << 20
-"""A tap that does not read its small messages gets no more of them than this."""
+_ROOM_BYTES: Final = 1 << 20
+"""With less than this waiting to be sent, the link keeps up."""
 
 _log = structlog.get_logger(__name__)
 
@@ -84,127 +85,91 @@ class _RefusedError(DrCloudError):
         self.code = refused.code
 
 
-class _TapProtocol(asyncio.BufferedProtocol):
-    """One tap's connection."""
+class TapPort(Protocol):
+    """A tap's connection, as its source sees it."""
 
-    def __init__(self, source: SourceVdsa) -> None:
-        self._source = source
-        self._parser = FeedParser()
-        self.transport: asyncio.Transport | None = None
-        self.number = next(source.tap_numbers)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's.
-        self.transport = cast("asyncio.Transport", transport)
-        self._source.tap_made(self)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._parser.buffer()
-
-    def buffer_updated(self, nbytes: int) -> None:
-        try:
-            self._source.tap_sent(self, self._parser.advance(nbytes), self._parser)
-        except ProtocolError as error:
-            self.abort(str(error))
+    number: int
 
     def send(self, data: bytes) -> None:
-        """Send one message to the tap, unless it has stopped to read."""
-        assert self.transport is not None
-        if self.transport.get_write_buffer_size() > _TAP_WRITE_BYTES_MAX:
-            self.abort("the tap does not read")
-        elif not self.transport.is_closing():
-            self.transport.write(data)
+        """Send one message."""
 
     def read(self, reading: bool) -> None:
         """Read on, or stop to."""
-        assert self.transport is not None
-        if self.transport.is_closing():
-            return
-        if reading:
-            self.transport.resume_reading()
-        else:
-            self.transport.pause_reading()
 
     def abort(self, reason: str) -> None:
         """Close at once."""
-        assert self.transport is not None
-        _log.warning("vdsa.tap_closed", connection=self.number, reason=reason)
-        self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._source.tap_lost(self)
 
 
 class SourceVdsa:
-    """See the module's docstring. All methods belong to one event loop."""
+    """See the module's docstring. All methods belong to one event loop.
+
+    Attributes:
+        problem: Why the link does not stand, or why the source has stopped; empty if all is well.
+        stopped: Done when the source has ended by itself: `ReplacedError`, or a bug.
+    """
 
     def __init__(
         self,
         keys: VpgKeys,
-        scope: Scope,
-        tap_socket: Path,
+        orders: SourceOrders,
         connect: Callable[[], Awaitable[MessageStream]],
+        threads: Executor,
         *,
         connections: int = 1,
-        limits: SourceLimits | None = None,
     ) -> None:
-        """Prepare a source; `run` starts it.
+        """Begin.
 
         Args:
             keys: The scope's keys.
-            scope: Which VPG, to which target.
-            tap_socket: Where taps connect.
+            orders: What to replicate, and how.
             connect: Makes one connection to the target VDSA.
+            threads: For hashing and sealing.
             connections: How many connections share the stream.
-            limits: Bounds and rhythm.
         """
-        self.scope = scope
-        self.tap_numbers = itertools.count(1)
+        self.orders = orders
         self._keys = keys
-        self._tap_socket = tap_socket
         self._connect = connect
         self._connection_count = connections
-        self._limits = limits or SourceLimits()
-        self.core = SourceCore(self._limits, lambda: secrets.token_bytes(16), time.monotonic_ns())
-        self._taps: dict[int, _TapProtocol] = {}
-        self._pool = ThreadPoolExecutor(max(2, min(4, os.cpu_count() or 2)), "seal")
+        self._threads = threads
+        self.core = SourceCore(
+            _limits(orders), orders.members, lambda: secrets.token_bytes(16), time.monotonic_ns(), time.time_ns
+        )
+        self._bucket = Bucket(orders.throttle)
+        self._taps: dict[int, TapPort] = {}
         self._flush_timer: asyncio.TimerHandle | None = None
         self._senders: list[_Sender] = []
         self._turn = 0
         self._link_reset = asyncio.Event()
         self._wait_seconds = _WAIT_SECONDS_MIN
         self._answers: dict[str, asyncio.Future[Durable]] = {}
-        self._failure: asyncio.Future[None] | None = None
+        self._begun_ns = time.time_ns()
+        self._tick_ns = self._ping_ns = self._heard_ns = 0
         self.problem = ""
+        self._loop = asyncio.get_running_loop()
+        self.stopped: asyncio.Future[None] = self._loop.create_future()
+        self._link_task = self._loop.create_task(self._link_until_replaced(), name=f"link {orders.scope.prefix}")
 
-    async def run(self, on_ready: Callable[[], None] | None = None) -> None:
-        """Serve until cancelled. Raises `ReplacedError` if another source has taken over."""
-        loop = asyncio.get_running_loop()
-        self._failure = loop.create_future()
-        self._tap_socket.unlink(missing_ok=True)
-        server = await loop.create_unix_server(lambda: _TapProtocol(self), str(self._tap_socket))
-        tasks = [asyncio.create_task(self._link_for_ever()), asyncio.create_task(self._tick_for_ever())]
-        if on_ready is not None:
-            on_ready()
-        try:
-            done, _ = await asyncio.wait([*tasks, self._failure], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                await task
-        finally:
-            server.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for tap in list(self._taps.values()):
-                assert tap.transport is not None
-                tap.transport.abort()
-            # The socket's file stays: a source that took over may have put its own there.
-            self._pool.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        """Stop. The taps' connections are the hub's."""
+        self._link_task.cancel()
+        await asyncio.wait([self._link_task])
+        self.stopped.cancel()
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+
+    def configure(self, orders: SourceOrders) -> None:
+        """Follow other orders of the same scope. Taps whose disks change were taken away before."""
+        again = orders.sync_number != self.orders.sync_number
+        self.orders = orders
+        self._bucket.throttle = orders.throttle
+        self._do(self.core.configure(_limits(orders), orders.members))
+        if again:
+            self._do(self.core.send_everything())
 
     async def checkpoint(self, tag: str, description: str = "", wait_seconds: float = 30.0) -> Durable:
         """Make a checkpoint by hand and wait until it is durable. Raises `DrCloudError` after `wait_seconds`."""
         request = uuid.uuid4().hex
-        future: asyncio.Future[Durable] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Durable] = self._loop.create_future()
         self._answers[request] = future
         self._do(self.core.request_checkpoint(request, tag, description))
         try:
@@ -213,44 +178,44 @@ class SourceVdsa:
             self._do(self.core.withdraw(request))
             link = "up" if self.core.linked else self.problem or "down"
             raise DrCloudError(
-                f"checkpoint {tag!r} of {self.scope.prefix} is not durable after {wait_seconds:g} s",
+                f"checkpoint {tag!r} of {self.orders.scope.prefix} is not durable after {wait_seconds:g} s",
                 f"Taps: {self.core.tap_states() or 'none'}; link: {link}.",
             ) from None
         finally:
             self._answers.pop(request, None)
 
-    def forget_tap(self, tap_id: str) -> None:
-        """A tap left the VPG for good: checkpoints no longer wait for it to come back."""
-        self._do(self.core.forget_tap(tap_id))
-
-    def status(self) -> dict[str, Any]:
-        """Return the state in figures."""
-        return {
-            "taps": self.core.tap_states(),
-            "linked": self.core.linked,
-            "problem": self.problem,
-            "kept_bytes": self.core.kept_bytes,
-            "checkpoints": self.core.checkpoints,
-            "skipped": self.core.skipped,
-            "resyncs": self.core.resyncs,
-        }
+    def report(self) -> SourceReport:
+        """Return the state as the manager is told of it."""
+        core = self.core
+        return SourceReport(
+            scope=self.orders.scope,
+            linked=core.linked,
+            problem=self.problem,
+            taps=core.tap_states(),
+            kept_bytes=core.kept_bytes,
+            durable_ns=core.durable_ns,
+            lag_seconds=max(0.0, (time.time_ns() - (core.durable_ns or self._begun_ns)) / SECOND_NS),
+            checkpoints=core.checkpoints,
+            skipped=core.skipped,
+            resyncs=core.resyncs,
+        )
 
     # Taps.
 
-    def tap_made(self, tap: _TapProtocol) -> None:
-        """A tap has connected."""
+    def attach(self, tap: TapPort, announced: Announced) -> None:
+        """A tap of this VPG has said HELLO."""
         self._taps[tap.number] = tap
-        self._do(self.core.tap_connected(tap.number))
+        self._do(self.core.tap_connected(tap.number, announced))
 
-    def tap_sent(self, tap: _TapProtocol, records: list[Any], parser: FeedParser) -> None:
-        """A tap's bytes were parsed."""
-        if records and tap.number in self._taps:
-            self._do(self.core.received(tap.number, records, parser.hello))
+    def tap_sent(self, tap: TapPort, records: Iterable[Record]) -> None:
+        """A tap's bytes were parsed. Raises `ProtocolError`."""
+        if tap.number in self._taps:
+            self._do(self.core.received(tap.number, records))
 
-    def tap_lost(self, tap: _TapProtocol) -> None:
-        """A tap's connection is gone."""
-        self._taps.pop(tap.number, None)
-        self._do(self.core.tap_closed(tap.number))
+    def detach(self, tap: TapPort) -> None:
+        """A tap's connection is gone, or no longer this VPG's."""
+        if self._taps.pop(tap.number, None) is not None:
+            self._do(self.core.tap_closed(tap.number))
 
     # Actions.
 
@@ -270,6 +235,7 @@ class SourceVdsa:
                         action.number,
                         action.prepared,
                         action.locs,
+                        action.level,
                     )
                 case SendTap():
                     if (tap := self._taps.get(action.connection)) is not None:
@@ -282,8 +248,9 @@ class SourceVdsa:
                         tap.abort(action.reason)
                 case FlushSoon():
                     if self._flush_timer is None:
-                        loop = asyncio.get_running_loop()
-                        self._flush_timer = loop.call_later(self._limits.batch_seconds, self._flush)
+                        self._flush_timer = self._loop.call_later(self.core.limits.batch_seconds, self._flush)
+                case EndHold():
+                    self._loop.call_later(self.core.limits.hold_seconds, self._end_hold, action.id)
                 case NewStream():
                     self._link_reset.set()
                 case Answer():
@@ -295,13 +262,17 @@ class SourceVdsa:
         self._flush_timer = None
         self._do(self.core.flush())
 
+    def _end_hold(self, question: int) -> None:
+        if not self.stopped.done():
+            self._do(self.core.end_hold(question))
+
     def _in_thread(self, work: Callable[..., Any], answer: Callable[..., list[Action]], *arguments: Any) -> None:
         stream, number = arguments[:2]
         call = arguments if work is seal else arguments[2:]
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work, self._keys, *call)
+        future = self._loop.run_in_executor(self._threads, work, self._keys, *call)
 
         def done(finished: asyncio.Future[Any]) -> None:
-            if finished.cancelled():
+            if finished.cancelled() or self.stopped.done():
                 return
             try:
                 self._do(answer(stream, number, finished.result()))
@@ -311,38 +282,56 @@ class SourceVdsa:
         future.add_done_callback(done)
 
     def _fail(self, error: Exception) -> None:
-        """A bug: stop, rather than go on with a stream that has a hole."""
-        if self._failure is not None and not self._failure.done():
-            self._failure.set_exception(error)
+        """Stop, rather than go on with a stream that has a hole."""
+        if not self.stopped.done():
+            self.problem = str(error) or repr(error)
+            self.stopped.set_exception(error)
 
-    async def _tick_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(min(_TICK_SECONDS, self._limits.checkpoint_seconds / 4))
-            self._do(self.core.tick(time.monotonic_ns()))
+    def tick(self, now_ns: int) -> None:
+        """The monotonic clock moved on."""
+        if now_ns < self._tick_ns or self.stopped.done():
+            return
+        self._tick_ns = now_ns + int(min(_TICK_SECONDS_MAX, self.orders.checkpoint_seconds / 4) * SECOND_NS)
+        if self.core.linked:
+            if now_ns - self._heard_ns > _SILENCE_NS:
+                self._trouble("the target is silent")
+                self._link_reset.set()
+            if now_ns >= self._ping_ns:
+                self._ping_ns = now_ns + _PING_NS
+                for sender in self._senders:
+                    sender.put(encode_control(Ping()))
+        queued_bytes = sum(sender.queued_bytes for sender in self._senders)
+        self._do(self.core.tick(now_ns, queued_bytes < _ROOM_BYTES))
 
     # The link.
+
+    async def _link_until_replaced(self) -> None:
+        try:
+            await self._link_for_ever()
+        except Exception as error:
+            self._fail(error)
 
     async def _link_for_ever(self) -> None:
         while True:
             self._link_reset.clear()
             try:
                 await self._link()
-            except (OSError, TimeoutError, ProtocolError) as error:
-                self._trouble(str(error) or type(error).__name__)
             except _RefusedError as error:
                 self._trouble(f"{error}. {error.remedy}".strip())
                 if error.code == "replaced":
                     raise ReplacedError(str(error), "Stop the other source VDSA, or leave this one stopped.") from None
                 if error.code == "stream":
                     self._do(self.core.lost_stream())
-            if not self._link_reset.is_set():
+            except (OSError, TimeoutError, DrCloudError) as error:
+                self._trouble(str(error) or type(error).__name__)
+            if self.core.linked:
                 self._do(self.core.unlinked())
             await asyncio.sleep(self._wait_seconds * random.uniform(0.8, 1.2))
             self._wait_seconds = min(self._wait_seconds * 2, _WAIT_SECONDS_MAX)
 
     def _trouble(self, problem: str) -> None:
         if problem != self.problem:
-            _log.warning("vdsa.link", scope=self.scope.prefix, reason=problem)
+            _log.warning("vdsa.link", scope=self.orders.scope.prefix, reason=problem)
         self.problem = problem
 
     async def _link(self) -> None:
@@ -354,7 +343,7 @@ class SourceVdsa:
                 stream = await self._connect()
                 stack.callback(stream.close)
                 hello = Hello(
-                    scope=self.scope,
+                    scope=self.orders.scope,
                     stream=stream_id.hex(),
                     connection=number,
                     connections=self._connection_count,
@@ -364,8 +353,9 @@ class SourceVdsa:
             welcomes = [await self._welcome(stream) for stream in streams]
             if len({welcome.generation for welcome in welcomes}) > 1:
                 raise ProtocolError("the connections reached two targets")
-            self._senders = [_Sender(stream) for stream in streams]
+            self._senders = [_Sender(stream, self._bucket) for stream in streams]
             self.problem = ""
+            self._heard_ns = time.monotonic_ns()
             self._do(self.core.welcomed(max(welcomes, key=lambda welcome: welcome.received)))
             work: list[Coroutine[Any, Any, Any]] = [sender.run() for sender in self._senders]
             work += [self._read(stream, stream_id) for stream in streams]
@@ -392,9 +382,10 @@ class SourceVdsa:
 
     async def _read(self, stream: MessageStream, stream_id: bytes) -> None:
         while True:
-            message = await asyncio.wait_for(stream.receive(), _SILENCE_SECONDS)
+            message = await stream.receive()
             if message is None:
                 raise ConnectionResetError("the target closed the connection")
+            self._heard_ns = time.monotonic_ns()
             if stream_id != self.core.stream:
                 return
             if not isinstance(message, str):
@@ -419,27 +410,43 @@ class SourceVdsa:
 
 
 class _Sender:
-    """Sends the messages of one connection, in their order, and a ping when there are none."""
+    """Sends the messages of one connection, in their order, as fast as the throttle lets it.
 
-    def __init__(self, stream: MessageStream) -> None:
+    Attributes:
+        queued_bytes: What waits.
+    """
+
+    def __init__(self, stream: MessageStream, bucket: Bucket) -> None:
         self._stream = stream
+        self._bucket = bucket
         self._queue: deque[Message] = deque()
         self._ready = asyncio.Event()
+        self.queued_bytes = 0
 
     def put(self, message: Message) -> None:
         """Send `message` when those before it have left."""
         self._queue.append(message)
+        self.queued_bytes += _size(message)
         self._ready.set()
 
     async def run(self) -> None:
         """Send until an error."""
-        ping_at = 0.0
         while True:
-            if time.monotonic() >= ping_at:
-                ping_at = time.monotonic() + _PING_SECONDS
-                await self._stream.send(encode_control(Ping()))
             while self._queue:
-                await self._stream.send(self._queue.popleft())
+                while wait_seconds := self._bucket.wait_seconds(time.time_ns()):
+                    await asyncio.sleep(min(wait_seconds, 1.0))
+                message = self._queue.popleft()
+                size_bytes = _size(message)
+                self.queued_bytes -= size_bytes
+                self._bucket.spend(size_bytes, time.time_ns())
+                await self._stream.send(message)
             self._ready.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ready.wait(), _PING_SECONDS)
+            await self._ready.wait()
+
+
+def _size(message: Message) -> int:
+    return sum(map(len, parts_of(message)[1]))
+
+
+def _limits(orders: SourceOrders) -> SourceLimits:
+    return SourceLimits(checkpoint_seconds=orders.checkpoint_seconds, order=orders.order)

@@ -111,7 +111,7 @@ class Open:
         self.stack = stack
         opened = stack.wait_open()
         self.at_ns = opened.at_ns
-        self.uri = opened.uris["d"][0]
+        self.uri = opened.uris["tap/d"][0]
 
     @property
     def pid(self) -> int:
@@ -332,7 +332,7 @@ def test_a_damaged_object_is_an_error_and_nothing_else(world: World) -> None:
         path.write_bytes(damaged)
         opened = ray.get(actor.open.remote("damaged", plan, world.chain.store_url))
         wrong = []
-        with NbdClient.connect(opened.uris["d"][0]) as client:
+        with NbdClient.connect(opened.uris["tap/d"][0]) as client:
             for block in range(SIZE // BLOCK_SIZE):
                 start = block * BLOCK_SIZE
                 try:

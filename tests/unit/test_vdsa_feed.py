@@ -30,7 +30,9 @@ def hello(version: int = wire.FEED_VERSION) -> bytes:
 
 
 def feed(parser: FeedParser, data: bytes, cuts: list[int]) -> list[Record]:
-    records = []
+    """Parse `data` as it comes in pieces; the tap is attached as soon as it has said HELLO, its disk 3 as disk 7."""
+    records: list[Record] = []
+    attached = parser.hello is not None
     position = 0
     for cut in [*sorted(cuts), len(data)]:
         while position < cut:
@@ -39,6 +41,11 @@ def feed(parser: FeedParser, data: bytes, cuts: list[int]) -> list[Record]:
             room[:count] = data[position : position + count]
             position += count
             records += parser.advance(count)
+            if parser.hello is not None and not attached:
+                assert not records, "nothing comes out before it is attached"
+                attached = True
+                parser.attach({3: 7})
+                records += parser.advance(0)
     return records
 
 
@@ -51,8 +58,9 @@ def test_records_come_out_whole_however_the_bytes_come_in(sizes: list[int], cuts
         parts.append(head(wire.ZERO, count=size, sequence=number, time_ns=number))
     data = b"".join(parts)
     records = feed(FeedParser(), data, [min(cut, len(data)) for cut in cuts])
-    assert [record.type for record in records] == [wire.HELLO, *[wire.WRITE, wire.ZERO] * len(sizes)]
-    for number, (size, record) in enumerate(zip(sizes, records[1::2], strict=True), 1):
+    assert [record.type for record in records] == [wire.WRITE, wire.ZERO] * len(sizes)
+    assert {record.disk for record in records} <= {7}
+    for number, (size, record) in enumerate(zip(sizes, records[::2], strict=True), 1):
         assert (record.sequence, record.blocks, record.block) == (number, size, number)
         assert record.body == bytes([number]) * (size * BLOCK_SIZE)
 
@@ -86,6 +94,28 @@ BLOCK = bytes(BLOCK_SIZE)
 def test_what_no_tap_sends_is_a_protocol_error(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         feed(FeedParser(), data, [])
+
+
+def test_disks_that_are_not_protected_are_left_out() -> None:
+    """R8: a VPG gets the disks that it names; the others of the server pass by, checked all the same."""
+    parser = FeedParser()
+    other = DISK.model_copy(update={"index": 4, "name": "e"})
+    body = wire.Hello(tap="ab" * 16, server="db", sequence=0, disks=[DISK, other]).model_dump_json().encode()
+    data = head(wire.HELLO, 0, len(body)) + body + head(wire.WRITE, 4, 1) + BLOCK + head(wire.ZERO, 3, 1, 2, 2)
+    records = feed(parser, data, [])
+    assert [(record.type, record.disk, record.sequence) for record in records] == [(wire.ZERO, 7, 2)]
+    with pytest.raises(ProtocolError):
+        feed(parser, head(wire.ZERO, 4, 1, 1, 1), [])
+
+
+def test_buffers_are_small_until_much_comes_at_once() -> None:
+    parser = FeedParser()
+    feed(parser, hello() + head(wire.ZERO, count=1), [])
+    for number in range(2, 5000):
+        assert len(parser.buffer()) <= 64 << 10
+        feed(parser, head(wire.ZERO, count=1, sequence=number), [])
+    while len(parser.buffer()) <= 64 << 10:
+        feed(parser, (head(wire.WRITE, count=200, sequence=5000) + BLOCK * 200) * 4, [])
 
 
 @given(st.binary(max_size=200))
