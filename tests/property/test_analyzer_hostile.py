@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dr_cloud.model.analysis import ServerAnalysis
 from dr_cloud.vdsa.analysis import linux, windows
-from dr_cloud.vdsa.analysis.kept import BLOCKS_MAX
+from dr_cloud.vdsa.analysis.kept import BLOCKS_MAX, Kept
 from dr_cloud.vdsa.analysis.layout import read_layout
 
 DISK_BLOCKS = 2048
@@ -144,3 +144,37 @@ def test_a_chain_of_logical_partitions_that_bites_its_tail_ends():
     analyzer.observe(0, 0, memoryview(data), 1)
     assert [partition.number for partition in analyzer.report().disks[0].partitions] == [1, 5]
     assert read_layout(make_analyzer(BLOCK)._disks[0].kept).table.kind == ""
+
+
+def test_a_label_cannot_write_to_a_terminal():
+    """R2: control characters of a guest's label."""
+    block = bytearray(BLOCK)
+    struct.pack_into("<II", block, 1024, 16, 100)
+    block[1024 + 24] = 2
+    struct.pack_into("<I", block, 1024 + 32, 8192)
+    block[1024 + 56 : 1024 + 58] = b"\x53\xef"
+    block[1024 + 120 : 1024 + 136] = b"\x1b[2J\xc2\x9b\xff\nevil\0xxx"
+    analyzer = make_analyzer(DISK_BLOCKS * BLOCK)
+    analyzer.observe(0, 0, memoryview(bytes(block)), 1)
+    assert analyzer.report().disks[0].file_system.label == "\ufffd[2J\ufffd\ufffd\ufffdevil"
+
+
+def test_reading_ends_at_the_disk_and_at_the_bound():
+    """R2: what a superblock points to may lie anywhere."""
+    kept = Kept(10 * BLOCK - 512)
+    kept.begin()
+    for block in range(10):
+        kept.read(block * BLOCK, 512)
+    kept.end()
+    kept.put(9, b"x" * BLOCK)
+    kept.begin()
+    assert kept.read(9 * BLOCK, 512) == b"x" * 512
+    assert kept.read(10 * BLOCK - 512, 1) is None
+    assert kept.read(10 * BLOCK - 513, 2) is None
+    assert kept.read(-1, 1) is None
+    large = Kept(1 << 40)
+    large.begin()
+    for block in range(1000):
+        large.read(block * BLOCK, 1)
+    large.end()
+    assert len(large.wanted(0, 1 << 28)) < BLOCKS_MAX

@@ -53,13 +53,13 @@ def test_a_bug_ends_one_analyzer_and_nothing_else(monkeypatch):
     analyzers.announce("bad", [DISK])
     analyzers.announce("good", [DISK])
 
-    def observe(self, disk, first_block, data, time_ns):
+    def take(self, records):
         if self.server == "bad":
             raise IndexError("secret bytes")
-        return real(self, disk, first_block, data, time_ns)
+        return real(self, records)
 
-    real = ServerAnalyzer.observe
-    monkeypatch.setattr(ServerAnalyzer, "observe", observe)
+    real = ServerAnalyzer.take
+    monkeypatch.setattr(ServerAnalyzer, "take", take)
     for _ in range(2):
         analyzers.take("bad", swap_records())
         analyzers.take("good", swap_records())

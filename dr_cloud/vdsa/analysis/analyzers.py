@@ -27,7 +27,6 @@ import zstandard
 from dr_cloud.model.analysis import Activity, ServerAnalysis, Suspicion
 from dr_cloud.model.ids import check_name
 from dr_cloud.model.journal import Disk
-from dr_cloud.tap import wire
 from dr_cloud.vdsa.analysis.server import ServerAnalyzer
 from dr_cloud.vdsa.feed import Record
 
@@ -74,11 +73,7 @@ class Analyzers:
         if analyzer is None:
             return
         try:
-            for record in records:
-                if record.type == wire.WRITE:
-                    analyzer.observe(record.disk, record.block, record.body, record.time_ns)
-                elif record.type == wire.ZERO:
-                    analyzer.zeroed(record.disk, record.block, record.blocks, record.time_ns)
+            analyzer.take(records)
         except Exception as error:
             self._broken(server, error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +23,8 @@ _PARSES_MAX: Final = 4
 """Within one write: table, superblock, label. What is deeper comes with the next write."""
 _SMALL_BLOCKS: Final = 64
 _FILE_HEADS: Final = frozenset({b"PRET", b"NAME", b"regf", b"hbin"})
+FIRST_BYTES: Final = frozenset({head[0] for head in _FILE_HEADS} | {ord("M")})
+"""What the first block of a file worth a look begins with."""
 _HEADS: Final = np.sort(np.array([int.from_bytes(h, "little") for h in (*_FILE_HEADS, b"XFSB", b"LUKS")], np.uint32))
 _DOS: Final = int.from_bytes(b"MZ", "little")
 _BTRFS: Final = int.from_bytes(b"_BHRfS_M", "little")
@@ -45,29 +48,32 @@ class SeenDisk:
         self._range_shift = max(0, (blocks_of(disk.size_bytes) // _RANGES_MAX).bit_length())
         self._ranges = array("d", bytes(8 * ((blocks_of(disk.size_bytes) >> self._range_shift) + 1)))
 
-    def wrote(self, first: int, count: int, data: memoryview, parse: bool) -> bool:
-        """`count` blocks were written from `first` on. Returns whether the layout was read; only if `parse` allows."""
-        self.bytes_written += count << BLOCK_SHIFT
-        self._ranges[first >> self._range_shift] += count
+    def wrote(self, first: int, count: int, data: memoryview, may_parse: Callable[[], bool]) -> None:
+        """`count` blocks were written from `first` on; `may_parse` says whether the layout may be read at once."""
         if count > _SMALL_BLOCKS:
             self._look(first, count, data)
         else:
             # Small writes are many: numpy costs more than a few slices, and candidates are not looked for.
             for at in range(0, len(data), BLOCK_SIZE):
-                head = bytes(data[at : at + 4])
-                if head in _FILE_HEADS or head[:2] == b"MZ":
-                    self._system.file(bytes(data[at : at + FILE_BYTES]))
-        parsed = False
+                if data[at] in FIRST_BYTES:
+                    self._file(data, at)
         for _ in range(_PARSES_MAX):
             wanted = self.kept.wanted(first, count)
             if not wanted or not self._keep(wanted, first, data):
                 break
             self.stale = True
-            if not parse:
+            if not may_parse():
                 break
             self.read()
-            parsed = True
-        return parsed
+
+    def note(self, block: int, stride: int) -> None:
+        """A sampled block stands for `stride` blocks that were written thereabouts."""
+        self._ranges[block >> self._range_shift] += stride
+
+    def _file(self, data: memoryview, at: int) -> None:
+        head = bytes(data[at : at + 4])
+        if head in _FILE_HEADS or head[:2] == b"MZ":
+            self._system.file(bytes(data[at : at + FILE_BYTES]))
 
     def _keep(self, wanted: list[int], first: int, data: memoryview) -> bool:
         changed = False
@@ -76,15 +82,13 @@ class SeenDisk:
             changed |= self.kept.put(block, bytes(data[at : at + BLOCK_SIZE]))
         return changed
 
-    def zeroed(self, first: int, count: int, parse: bool) -> bool:
-        """`count` blocks from `first` on are zeroes now. Returns whether the layout was read."""
+    def zeroed(self, first: int, count: int, may_parse: Callable[[], bool]) -> None:
+        """`count` blocks from `first` on are zeroes now."""
         self.ground.emptied(first, count)
-        if not self.kept.zero(first, count):
-            return False
-        self.stale = True
-        if parse:
-            self.read()
-        return parse
+        if self.kept.zero(first, count):
+            self.stale = True
+            if may_parse():
+                self.read()
 
     def read(self) -> None:
         """Read the layout anew."""
@@ -104,11 +108,10 @@ class SeenDisk:
             found |= rows[:, place : place + 8].view("<u8")[:, 0] == mark
         for row in np.flatnonzero(found).tolist():
             at = row << BLOCK_SHIFT
-            block = bytes(data[at : at + BLOCK_SIZE])
-            if block[:4] in _FILE_HEADS or block[:2] == b"MZ":
-                self._system.file(bytes(data[at : at + FILE_BYTES]))
-            else:
-                self.kept.put_candidate(first + row, block)
+            if data[at] in FIRST_BYTES:
+                self._file(data, at)
+            if data[at] != ord("M"):
+                self.kept.put_candidate(first + row, bytes(data[at : at + BLOCK_SIZE]))
 
     def cool(self) -> None:
         """An hour has passed: what was written before counts half."""

@@ -30,6 +30,7 @@ class Kept:
         self._candidates: OrderedDict[int, bytes] = OrderedDict()
         self._asked: set[int] = set()
         self._wanted: list[int] = [0]
+        self.wanted_blocks = frozenset(self._wanted)
 
     def __len__(self) -> int:
         return len(self._blocks) + len(self._candidates)
@@ -72,6 +73,7 @@ class Kept:
     def end(self) -> None:
         """End a parse: keep what it asked for, and nothing else."""
         self._wanted = sorted(self._asked)
+        self.wanted_blocks = frozenset(self._wanted)
         self._blocks = {block: self._blocks[block] for block in self._wanted if block in self._blocks}
 
     def read(self, offset: int, size: int) -> bytes | None:

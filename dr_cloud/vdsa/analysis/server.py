@@ -29,21 +29,24 @@ import random
 import threading
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from dr_cloud.model.analysis import Activity, Period, ServerAnalysis, Suspicion
 from dr_cloud.model.blocks import BLOCK_SHIFT, BLOCK_SIZE
 from dr_cloud.model.journal import Disk
 from dr_cloud.model.units import SECOND_NS
+from dr_cloud.tap import wire
 from dr_cloud.vdsa.analysis.anomaly import Detector, Interval
-from dr_cloud.vdsa.analysis.disk import SeenDisk
+from dr_cloud.vdsa.analysis.disk import FIRST_BYTES, SeenDisk
 from dr_cloud.vdsa.analysis.ground import sample
 from dr_cloud.vdsa.analysis.systems import SystemSeen
+from dr_cloud.vdsa.feed import Record
 
 STRIDE_BLOCKS: Final = 16
 SAMPLES_BEFORE_DOUBLING: Final = 64
 PARSES_PER_SECOND: Final = 16
+_WRITES: Final = (wire.WRITE, wire.ZERO)
 _INTERVAL_SECONDS_MIN: Final = 1.0
 _PERIOD_SECONDS: Final = 300
 _PERIODS_MAX: Final = 288
@@ -68,7 +71,7 @@ class ServerAnalyzer:
         self._interval: Interval | None = None
         self._skip = 0
         self._stride = STRIDE_BLOCKS
-        self._second = 0
+        self._second_end_ns = 0
         self._second_samples = 0
         self._second_parses = 0
         self._hour = 0
@@ -92,43 +95,50 @@ class ServerAnalyzer:
 
     def observe(self, disk: int, first_block: int, data: memoryview, time_ns: int) -> None:
         """Blocks were written from `first_block` on. `data` is only read, and not kept."""
-        count = len(data) >> BLOCK_SHIFT
-        with self._lock:
-            seen = self._disks.get(disk)
-            if seen is None or not count:
-                return
-            interval = self._interval
-            if interval is None or time_ns // SECOND_NS != self._second:
-                interval = self._turn_to(time_ns)
-            interval.writes += 1
-            interval.bytes_raw += len(data)
-            self._until_ns = seen.last_write_ns = time_ns
-            if seen.wrote(first_block, count, data, self._second_parses < PARSES_PER_SECOND):
-                self._second_parses += 1
-            while self._skip < count:
-                at = self._skip << BLOCK_SHIFT
-                self._sample(interval, seen, first_block + self._skip, bytes(data[at : at + BLOCK_SIZE]))
-                # Uniform around the stride: no pattern of the guest's hides from it.
-                self._skip += self._random.randrange(1, 2 * self._stride)
-            self._skip -= count
+        self.take([Record(wire.WRITE, disk, len(data) >> BLOCK_SHIFT, 0, time_ns, first_block, 0, data)])
 
     def zeroed(self, disk: int, first_block: int, blocks: int, time_ns: int) -> None:
         """Blocks were zeroed or trimmed."""
+        self.take([Record(wire.ZERO, disk, blocks, 0, time_ns, first_block, 0, memoryview(b""))])
+
+    def take(self, records: Iterable[Record]) -> None:
+        """Records of the server's tap pass by; those that are no writes are left alone."""
         with self._lock:
-            seen = self._disks.get(disk)
-            if seen is None:
-                return
-            self._turn_to(time_ns).writes += 1
-            self._until_ns = seen.last_write_ns = time_ns
-            if seen.zeroed(first_block, blocks, self._second_parses < PARSES_PER_SECOND):
-                self._second_parses += 1
+            for kind, index, count, _, time_ns, first, _, data, *_ in records:
+                disk = self._disks.get(index)
+                if disk is None or not count or kind not in _WRITES:
+                    continue
+                interval = self._interval
+                if interval is None or time_ns >= self._second_end_ns:
+                    interval = self._turn_to(time_ns)
+                interval.writes += 1
+                self._until_ns = disk.last_write_ns = time_ns
+                if kind == wire.ZERO:
+                    disk.zeroed(first, count, self._may_parse)
+                    continue
+                size = count << BLOCK_SHIFT
+                interval.bytes_raw += size
+                disk.bytes_written += size
+                # The short way of most small writes: nothing is kept of them.
+                if count > 1 or first in disk.kept.wanted_blocks or data[0] in FIRST_BYTES:
+                    disk.wrote(first, count, data, self._may_parse)
+                while self._skip < count:
+                    at = self._skip << BLOCK_SHIFT
+                    self._sample(interval, disk, first + self._skip, bytes(data[at : at + BLOCK_SIZE]))
+                    # Uniform around the stride: no pattern of the guest's hides from it.
+                    self._skip += self._random.randrange(1, 2 * self._stride)
+                self._skip -= count
+
+    def _may_parse(self) -> bool:
+        """Whether a layout may be read now; if so it counts."""
+        self._second_parses += 1
+        return self._second_parses <= PARSES_PER_SECOND
 
     def _turn_to(self, time_ns: int) -> Interval:
-        second = time_ns // SECOND_NS
-        if second != self._second:
+        if time_ns >= self._second_end_ns:
             # Less than before at once, so that a steady load is sampled evenly.
             self._stride = max(STRIDE_BLOCKS, self._stride >> 2)
-            self._second = second
+            self._second_end_ns = (time_ns // SECOND_NS + 1) * SECOND_NS
             self._second_samples = self._second_parses = 0
         if self._since_ns is None:
             self._since_ns = time_ns
@@ -137,7 +147,7 @@ class ServerAnalyzer:
             self._interval = Interval(time_ns)
         return self._interval
 
-    def _sample(self, interval: Interval, seen: SeenDisk, block: int, data: bytes) -> None:
+    def _sample(self, interval: Interval, disk: SeenDisk, block: int, data: bytes) -> None:
         self._second_samples += 1
         if self._second_samples % SAMPLES_BEFORE_DOUBLING == 0:
             self._stride *= 2
@@ -151,7 +161,8 @@ class ServerAnalyzer:
             interval.evenness += figures.evenness
         else:
             self._system.sample(data)
-        expected = seen.ground.expect(block, figures.random)
+        disk.note(block, self._stride)
+        expected = disk.ground.expect(block, figures.random)
         if expected is not None:
             interval.known += 1
             interval.excess += figures.random - expected
