@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import select
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -103,6 +106,50 @@ class PairingApi:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join(5)
+
+
+class ConnectProxy(ThreadingHTTPServer):
+    """An HTTP proxy that does CONNECT for one user, and notes whereto."""
+
+    daemon_threads = True
+
+    def __init__(self, password: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Connect)
+        self.authorization = "Basic " + base64.b64encode(f"site:{password}".encode()).decode()
+        self.url = f"http://site:{password}@127.0.0.1:{self.server_address[1]}"
+        self.asked: list[str] = []
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+        self.thread.join(5)
+
+
+class _Connect(BaseHTTPRequestHandler):
+    server: ConnectProxy
+
+    def do_CONNECT(self) -> None:
+        if self.headers["Proxy-Authorization"] != self.server.authorization:
+            self.send_error(407)
+            return
+        self.server.asked.append(self.path)
+        host, _, port = self.path.rpartition(":")
+        with socket.create_connection((host, int(port))) as far:
+            self.send_response(200)
+            self.end_headers()
+            ways = {self.connection: far, far: self.connection}
+            while ready := select.select(list(ways), [], [])[0]:
+                for one in ready:
+                    data = one.recv(1 << 16)
+                    if not data:
+                        self.close_connection = True
+                        return
+                    ways[one].sendall(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 def open_authority(folder: Path) -> Authority:

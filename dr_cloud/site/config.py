@@ -37,6 +37,18 @@ def _listen(address: str) -> str:
     raise ValueError(f"{address!r} is no address for taps: write unix:PATH or tls:HOST:PORT")
 
 
+def _proxy(url: str) -> str:
+    parts = urlsplit(url)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or (parts.username is None) != (parts.password is None)
+    ):
+        # It is not repeated: it may hold a password.
+        raise ValueError("that is no proxy: write http://host:port or http://user:password@host:port")
+    return url
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,7 +97,7 @@ class SiteSettings(_Config):
     state: Path
     token: str = Field(default="", repr=False)
     token_file: Path | None = None
-    proxy: str | None = Field(default=None, pattern=r"^https?://", repr=False)
+    proxy: Annotated[str, AfterValidator(_proxy)] | None = Field(default=None, repr=False)
     hosts: list[TapHost] = Field(min_length=1)
     datastores: list[DatastoreConfig] = []
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -102,7 +103,11 @@ class Uplink:
             try:
                 problem = await self._once()
             except (DrCloudError, OSError, TimeoutError) as error:
-                problem = f"{error}. {getattr(error, 'remedy', '')}".strip() or type(error).__name__
+                problem = f"{error}. {getattr(error, 'remedy', '')}".strip()
+            except Exception:
+                # A bug here must not end the site: its taps and what it has ordered stand without a link too.
+                _log.exception("site.link_failed")
+                problem = "internal error"
             if self.linked:
                 wait_seconds = WAIT_SECONDS_MIN
             self._session = None
@@ -115,6 +120,8 @@ class Uplink:
 
     async def _once(self) -> str:
         """Dial, and stay until the session closes; return why it did."""
+        if self.credentials.peer.expires_ns <= time.time_ns():
+            raise DrCloudError("this site's certificate has expired", "Ask the provider for a new pairing token.")
         session = await self._dial()
         session.methods.update(self._methods)
         session.on_channel = self._on_channel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ SCOPE = Scope("acme", "shop", "dc1")
 
 class FakeCredentials:
     """Dialling is replaced, so nothing is proven here; the tests of the link and of the process do."""
+
+    peer = SimpleNamespace(expires_ns=1 << 63)
 
     def client_context(self) -> None:
         return None
