@@ -112,7 +112,8 @@ class AsyncNbdClient:
     async def close(self) -> None:
         """Say good-bye and close; requests under way raise `ConnectionError`. Nothing is flushed."""
         if self._broken is None:
-            self._writer.write(Request(p.CMD_DISCONNECT, 0, 0, 0).head())
+            if not self._writer.is_closing():
+                self._writer.write(Request(p.CMD_DISCONNECT, 0, 0, 0).head())
             self._break("the NBD connection is closed")
         self._receiver.cancel()
         await asyncio.wait([self._receiver])

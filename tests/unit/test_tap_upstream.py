@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from dr_cloud.model.errors import DrCloudError
+from dr_cloud.nbd.async_client import AsyncNbdClient
 from dr_cloud.nbd.export import Extent
 from dr_cloud.nbd.memory import PIECE_BYTES, MemoryExport
 from dr_cloud.nbd.server import NbdServer
@@ -29,9 +31,9 @@ class Upstream:
         self.uri = f"nbd+unix:///up?socket={path}"
 
     async def start(self) -> None:
-        table = ExportTable()
-        table.add(self.export)
-        self.server = NbdServer(table)
+        self.table = ExportTable()
+        self.table.add(self.export)
+        self.server = NbdServer(self.table)
         await self.server.start(unix_path=str(self.path))
 
     async def stop(self) -> None:
@@ -118,6 +120,42 @@ async def test_another_size_is_not_the_same_disk(upstream: Upstream, monkeypatch
     with pytest.raises(OSError, match="gone away"):
         await asyncio.wait_for(disk.pread(0, 1), 5)
     await disk.close()
+
+
+def test_connection_that_just_broke_can_be_closed(tmp_path: Path) -> None:
+    """R1: else nobody would connect anew, and the guest would wait for ever. (Only uvloop minds.)"""
+
+    async def main() -> None:
+        upstream = Upstream(tmp_path / "up.sock")
+        await upstream.start()
+        client = await AsyncNbdClient.connect(upstream.uri)
+        client._writer.transport.abort()
+        await asyncio.sleep(0)
+        await client.close()
+        await upstream.stop()
+
+    uvloop.run(main())
+
+
+async def test_resized_upstream(upstream: Upstream) -> None:
+    """R5: a disk that has grown behind its server is measured on a new connection, and used on it."""
+    disk = await NbdDisk.connect(upstream.uri)
+    assert await disk.measure() == SIZE
+    await upstream.table.remove("up")
+    upstream.export = MemoryExport("up", SIZE * 2)
+    upstream.table.add(upstream.export)
+    await eventually(lambda: measured(disk, SIZE * 2))
+    disk.size_bytes = SIZE * 2
+    await disk.pwrite(SIZE * 2 - 4096, memoryview(b"g" * 4096))
+    assert bytes((await disk.pread(SIZE * 2 - 4096, 4096))[0]) == b"g" * 4096
+    await upstream.stop()
+    assert await disk.measure() == SIZE * 2
+    await disk.close()
+
+
+async def measured(disk: NbdDisk, size_bytes: int) -> None:
+    if await disk.measure() != size_bytes:
+        raise OSError(errno.EAGAIN, "not yet")
 
 
 async def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
