@@ -68,11 +68,11 @@ class Tap:
 
     def wrote(self, disk: TapDisk, first: int, data: Buffer) -> None:
         """Queue a copy of whole blocks under the sequence and time just given out."""
-        count = len(data) // BLOCK_SIZE
-        for copy in self._watching:
-            self._note(copy, disk, first, count)
         if not self._queueing:
             return
+        count = len(data) // BLOCK_SIZE
+        if self._watching:
+            self._note(disk, first, count)
         clock = self.clock
         if count <= wire.WRITE_BLOCKS_MAX:
             message = wire.HEAD.pack(wire.WRITE, 0, disk.index, count, clock.sequence, clock.time_ns, first, 0) + data
@@ -90,8 +90,7 @@ class Tap:
 
     def zeroed(self, disk: TapDisk, first: int, count: int) -> None:
         """Queue that whole blocks are zeroes now, under the sequence and time just given out."""
-        for copy in self._watching:
-            self._note(copy, disk, first, count)
+        self._note(disk, first, count)
         clock = self.clock
         for copy in self._queueing:
             copy.put(wire.HEAD.pack(wire.ZERO, 0, disk.index, count, clock.sequence, clock.time_ns, first, 0))
@@ -136,11 +135,11 @@ class Tap:
         }
 
     def _look(self) -> None:
-        # New tuples: a loop over the old ones goes on undisturbed.
+        # New tuples: a loop over the old ones goes on undisturbed. Who watches is queueing, too.
         self._queueing = tuple(copy for copy in self.copies if copy.queueing)
         self._watching = tuple(copy for copy in self.copies if copy.watching is not None)
 
-    @staticmethod
-    def _note(copy: Copy, disk: TapDisk, first: int, count: int) -> None:
-        if copy.watching is not None:
-            copy.watching.note(disk.bits[copy.number], first, count)
+    def _note(self, disk: TapDisk, first: int, count: int) -> None:
+        for copy in self._watching:
+            if copy.watching is not None:
+                copy.watching.note(disk.bits[copy.number], first, count)
