@@ -37,6 +37,7 @@ from dr_cloud.link.channels import Channel, Channels
 from dr_cloud.link.fault import Fault
 from dr_cloud.link.rpc import CALL_SECONDS, Method, Params, Rpc
 from dr_cloud.link.stream import Message, MessageStream, Received
+from dr_cloud.link.throttle import Bucket
 from dr_cloud.model.errors import DrCloudError, NotFoundError, ProtocolError, UnavailableError
 from dr_cloud.model.replication import Throttle
 from dr_cloud.seal.identity import Peer
@@ -177,6 +178,10 @@ class Session:
     @throttle.setter
     def throttle(self, throttle: Throttle) -> None:
         self._core.bucket.throttle = throttle
+
+    def share(self, bucket: Bucket) -> None:
+        """Take the bytes of the link as a whole from `bucket`: sessions that share one keep its limit together."""
+        self._core.bucket = bucket
 
     async def __aenter__(self) -> Session:
         self._run_task = asyncio.create_task(self._run())
