@@ -1,292 +1,149 @@
-"""The manager's operations. (Signatures first: each body follows in a module of its own noun.)
+"""The manager of the cloud: every operation, over one database.
 
-Every method takes the caller first. A tenant's own enterprise is named in full; another's is "not found". Long work
-returns a `Task`. Errors: `NotFoundError`, `ForbiddenError`, `ConflictError`, `InvalidError`, `UnauthenticatedError`.
+Purpose
+    `Cloud` is what the REST API, the connectors and the VDSAs talk to. Its operations are in modules by noun; here they
+    come together and get what they stand on. It is synchronous and may be called from any thread. Every operation takes
+    the caller first; a tenant's things are named by (enterprise, name), another's are "not found". Long work returns a
+    `Task`. What comes from the fabric takes no caller: a connector has proven who speaks.
+
+Layout
+    `tables` and `db` the schema · `tenancy` the one place that every query passes · `access` who may do what ·
+    `operations` what all share (audit, idempotency, paging) · `enterprises`, `pairing`, `sites`, `vpgs`, `checkpoints`,
+    `recovery`, `reports` the operations · `watch` reports that come in, `dispatch` and `publish` orders that go out ·
+    `protect`, `placement`, `orders`, `health` pure decisions · `tasks`, `registry`, `monitor` what runs by itself ·
+    `fabric` the world outside.
+
+Consistency
+    A change and its audit row are one transaction. Orders are computed from rows when they are asked for, so nobody is
+    told what was not committed. The world outside is reached after the commit, and from tasks.
+
+Retries
+    Whoever follows orders gets all of them each time; whoever reports tells everything each time. So a message that was
+    lost is made good by the next. Tasks are taken again after a restart where their type is safe to repeat.
+
+Crash recovery
+    All state is in the database, and what people decided is in the store as well (`registry`). At the start everyone is
+    told to fetch their orders anew. If the database is lost, `registry.rebuild` fills a new one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Final
 
-from pydantic import BaseModel
+from sqlalchemy import Engine, select
 
-from dr_cloud.model import cloud as c
-from dr_cloud.model.ids import Scope
-from dr_cloud.model.pairing import PairAnswer, PairRequest
-from dr_cloud.model.principal import Principal
-from dr_cloud.model.provider import EnterpriseConfig
-from dr_cloud.model.replication import SiteOrders, SiteReport
-from dr_cloud.model.task import Task, TaskStatus
-from dr_cloud.model.vpg import ProtectedServer, VpgSettings, VpgState, VpgStatus
+from dr_cloud.manager import tables
+from dr_cloud.manager.db import migrate
+from dr_cloud.manager.enterprises import Enterprises
+from dr_cloud.manager.events import Events
+from dr_cloud.manager.fabric import Fabric
+from dr_cloud.manager.monitor import Monitor
+from dr_cloud.manager.operations import Clock, Context
+from dr_cloud.manager.publish import Publisher
+from dr_cloud.manager.recovery import Recovery
+from dr_cloud.manager.registry import Registry
+from dr_cloud.manager.reports import Reports
+from dr_cloud.manager.sites import Sites
+from dr_cloud.manager.tasks import Tasks
+from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database
+from dr_cloud.model.principal import Principal, Role
+from dr_cloud.model.provider import ProviderConfig
+from dr_cloud.seal.authority import Authority
+from dr_cloud.seal.keyring import Keyring
+from dr_cloud.store.store import Store
 
-M = TypeVar("M", bound=BaseModel)
-P = c.PageRequest()
+SYSTEM: Final = Principal(id="system", name="the provider itself", role=Role.PROVIDER_ADMIN)
+"""Who acts where nobody has asked: the first token, the tenants that are loaded at the start."""
+FOLLOW_SECONDS: Final = 60.0
 
 
-class Cloud:
-    """All of it."""
+class Cloud(Enterprises, Sites, Recovery, Reports):
+    """All operations."""
 
-    # Idempotency: `once` runs `call` at most once per (who, key); the answer is stored in call's own transaction.
-    # The same key with another digest, or one still under way, is a ConflictError. Secrets of an answer are blank then.
-    def once(self, who: Principal, key: str, digest: str, kind: type[M], call: Callable[[], M]) -> M:
-        raise NotImplementedError
-
-    # enterprises, tokens, pairing
-    def register_enterprise(self, who: Principal, config: EnterpriseConfig) -> c.Enterprise:
-        raise NotImplementedError
-
-    def enterprises(self, who: Principal, page: c.PageRequest = P) -> c.Page[c.Enterprise]:
-        raise NotImplementedError
-
-    def enterprise(self, who: Principal, enterprise: str) -> c.Enterprise:
-        raise NotImplementedError
-
-    def update_enterprise(self, who: Principal, enterprise: str, update: c.EnterpriseUpdate) -> c.Enterprise:
-        raise NotImplementedError
-
-    def remove_enterprise(self, who: Principal, enterprise: str) -> None:
-        raise NotImplementedError
-
-    def create_token(self, who: Principal, request: c.TokenRequest) -> c.NewToken:
-        raise NotImplementedError
-
-    def tokens(self, who: Principal, enterprise: str | None, page: c.PageRequest = P) -> c.Page[c.Token]:
-        raise NotImplementedError
-
-    def revoke_token(self, who: Principal, token: str) -> c.Token:
-        raise NotImplementedError
-
-    def authenticate(self, secret: str) -> Principal:
-        raise NotImplementedError
-
-    def create_pairing(self, who: Principal, enterprise: str, site: str, lifetime_seconds: int = 3600) -> c.NewPairing:
-        raise NotImplementedError
-
-    def pair(self, request: PairRequest) -> PairAnswer:
-        raise NotImplementedError
-
-    def unpair(self, who: Principal, enterprise: str, site: str) -> c.Site:
-        raise NotImplementedError
-
-    # sites, data centers, hosts
-    def sites(self, who: Principal, enterprise: str, page: c.PageRequest = P) -> c.Page[c.Site]:
-        raise NotImplementedError
-
-    def site(self, who: Principal, enterprise: str, site: str) -> c.Site:
-        raise NotImplementedError
-
-    def update_site(self, who: Principal, enterprise: str, site: str, update: c.SiteUpdate) -> c.Site:
-        raise NotImplementedError
-
-    def data_centers(self, who: Principal, page: c.PageRequest = P) -> c.Page[c.DataCenter]:
-        raise NotImplementedError
-
-    def data_center(self, who: Principal, name: str) -> c.DataCenter:
-        raise NotImplementedError
-
-    def center_hosts(self, who: Principal, data_center: str, vdsa: c.VdsaState | None = None) -> list[c.Host]:
-        raise NotImplementedError
-
-    def deploy_center_vdsa(self, who: Principal, data_center: str, host: str, deployment: c.VdsaDeployment) -> Task:
-        raise NotImplementedError
-
-    def undeploy_center_vdsa(self, who: Principal, data_center: str, host: str) -> Task:
-        raise NotImplementedError
-
-    def hosts(
-        self, who: Principal, enterprise: str, site: str, vdsa: c.VdsaState | None = None, page: c.PageRequest = P
-    ) -> c.Page[c.Host]:
-        raise NotImplementedError
-
-    def deploy_vdsa(self, who: Principal, enterprise: str, site: str, host: str, deployment: c.VdsaDeployment) -> Task:
-        raise NotImplementedError
-
-    def undeploy_vdsa(self, who: Principal, enterprise: str, site: str, host: str) -> Task:
-        raise NotImplementedError
-
-    def servers(self, who: Principal, enterprise: str, site: str, page: c.PageRequest = P) -> c.Page[c.Server]:
-        raise NotImplementedError
-
-    def server_report(self, who: Principal, enterprise: str, site: str, server: str) -> c.ServerReport:
-        raise NotImplementedError
-
-    # VPGs
-    def create_vpg(self, who: Principal, enterprise: str, settings: VpgSettings) -> Task:
-        raise NotImplementedError
-
-    def update_vpg(self, who: Principal, enterprise: str, vpg: str, settings: VpgSettings, force: bool = False) -> Task:
-        raise NotImplementedError
-
-    def remove_vpg(self, who: Principal, enterprise: str, vpg: str, force: bool = False) -> Task:
-        raise NotImplementedError
-
-    def add_server(self, who: Principal, enterprise: str, vpg: str, server: ProtectedServer) -> Task:
-        raise NotImplementedError
-
-    def remove_server(self, who: Principal, enterprise: str, vpg: str, server: str) -> Task:
-        raise NotImplementedError
-
-    def vpgs(
-        self, who: Principal, enterprise: str | None, page: c.PageRequest = P, which: c.VpgFilter = c.VpgFilter()
-    ) -> c.Page[c.Vpg]:
-        raise NotImplementedError
-
-    def vpg(self, who: Principal, enterprise: str, vpg: str) -> c.Vpg:
-        raise NotImplementedError
-
-    def vpg_status(self, who: Principal, enterprise: str, vpg: str) -> VpgStatus:
-        raise NotImplementedError
-
-    def vpg_state(self, who: Principal, enterprise: str, vpg: str) -> VpgState:
-        raise NotImplementedError
-
-    def reverse_settings(self, who: Principal, enterprise: str, vpg: str, target: str | None = None) -> VpgSettings:
-        raise NotImplementedError
-
-    def pause(self, who: Principal, enterprise: str, vpg: str, reason: str = "") -> c.Vpg:
-        raise NotImplementedError
-
-    def resume(self, who: Principal, enterprise: str, vpg: str) -> c.Vpg:
-        raise NotImplementedError
-
-    def force_sync(self, who: Principal, enterprise: str, vpg: str, target: str | None = None) -> Task:
-        raise NotImplementedError
-
-    # checkpoints
-    def checkpoints(
+    def __init__(
         self,
-        who: Principal,
-        enterprise: str,
-        vpg: str,
-        target: str | None = None,
-        which: c.CheckpointFilter = c.CheckpointFilter(),
-        page: c.PageRequest = P,
-    ) -> c.Page[c.CheckpointView]:
-        raise NotImplementedError
+        engine: Engine,
+        fabric: Fabric,
+        *,
+        authority: Authority,
+        keyring: Keyring,
+        config: ProviderConfig,
+        store: Store,
+        work_dir: Path,
+        api_url: str,
+        clock_ns: Clock,
+        answers_for: Callable[[str], bool] = lambda enterprise: True,
+        follow_seconds: float = FOLLOW_SECONDS,
+    ) -> None:
+        """Open the database, and bring its schema up to date. Nothing runs before `start`.
 
-    def insert_checkpoint(
-        self, who: Principal, enterprise: str, vpg: str, order: c.CheckpointOrder
-    ) -> c.InsertedCheckpoint:
-        raise NotImplementedError
+        Args:
+            engine: From `db.open_engine`.
+            fabric: The world outside.
+            authority: The provider's CA.
+            keyring: The provider's keyring.
+            config: The provider, with its data centers.
+            store: Where the registry is written.
+            work_dir: A folder for archives of logs.
+            api_url: `https://host:port` of the API, as sites reach it: for pairing tokens.
+            clock_ns: The time.
+            answers_for: Whether this process runs the tasks, alerts and registry of an enterprise (the empty string:
+                of the provider itself). Exactly one process must answer for each.
+            follow_seconds: How long a task waits until sites follow their orders.
+        """
+        migrate(engine)
+        database = Database(engine)
+        events = Events(database)
+        tasks = Tasks(database, events, clock_ns, answers_for)
+        registry = Registry(database, store, keyring, answers_for)
+        context = Context(
+            database=database,
+            fabric=fabric,
+            authority=authority,
+            keyring=keyring,
+            config=config,
+            clock_ns=clock_ns,
+            work_dir=work_dir,
+            api_url=api_url,
+            tasks=tasks,
+            events=events,
+            registry=registry,
+            publisher=Publisher(database, fabric),
+            follow_seconds=follow_seconds,
+        )
+        super().__init__(context)
+        self._answers_for = answers_for
+        self._prepare_watch()
+        self._register_site_tasks()
+        self._register_vpg_tasks()
+        self._register_recovery_tasks()
+        self._register_log_tasks()
+        self.monitor = Monitor(context, answers_for)
 
-    def inserted_checkpoint(self, who: Principal, enterprise: str, vpg: str, id: str) -> c.InsertedCheckpoint:
-        raise NotImplementedError
+    def start(self) -> None:
+        """Begin: tasks go on, everyone fetches orders, the registry is written, alerts are judged."""
+        if self._answers_for(PROVIDER):
+            self._note_center_hosts()
+        self._context.publisher.publish_all(self._answers_for)
+        self._context.tasks.start()
+        self._context.registry.start()
+        self.monitor.start()
 
-    # Returns as it stands when all have arrived or the time is over: look at `complete`.
-    def wait_checkpoint(
-        self,
-        who: Principal,
-        enterprise: str,
-        vpg: str,
-        id: str,
-        timeout_seconds: float = 60.0,
-        poll_seconds: float = 0.5,
-    ) -> c.InsertedCheckpoint:
-        raise NotImplementedError
+    def close(self) -> None:
+        """End what runs by itself, after the step it is at."""
+        self.monitor.close()
+        self._context.tasks.close()
+        self._context.registry.close()
+        self._database.engine.dispose()
 
-    # recovery
-    def failover(self, who: Principal, enterprise: str, vpg: str, request: c.FailoverRequest) -> Task:
-        raise NotImplementedError
-
-    def rollback_failover(self, who: Principal, enterprise: str, vpg: str) -> Task:
-        raise NotImplementedError
-
-    def start_tests(self, who: Principal, enterprise: str, vpg: str, request: c.TestsRequest) -> Task:
-        raise NotImplementedError
-
-    def tests(
-        self, who: Principal, enterprise: str, vpg: str | None = None, page: c.PageRequest = P
-    ) -> c.Page[c.RecoveryTest]:
-        raise NotImplementedError
-
-    def test(self, who: Principal, enterprise: str, test: str) -> c.RecoveryTest:
-        raise NotImplementedError
-
-    def stop_test(self, who: Principal, enterprise: str, test: str, how: c.StopTest) -> Task:
-        raise NotImplementedError
-
-    def discard_tests(self, who: Principal, enterprise: str, vpg: str, count: int) -> int:
-        raise NotImplementedError
-
-    # tasks; `enterprise` None: the provider's own and all that the caller sees
-    def tasks(
-        self,
-        who: Principal,
-        enterprise: str | None,
-        page: c.PageRequest = P,
-        vpg: str | None = None,
-        status: TaskStatus | None = None,
-    ) -> c.Page[Task]:
-        raise NotImplementedError
-
-    def task(self, who: Principal, task: str) -> Task:
-        raise NotImplementedError
-
-    # Returns as it stands when it has ended or the time is over.
-    def wait_task(self, who: Principal, task: str, timeout_seconds: float = 60.0, poll_seconds: float = 0.5) -> Task:
-        raise NotImplementedError
-
-    def abort_task(self, who: Principal, task: str) -> Task:
-        raise NotImplementedError
-
-    def active_task(self, who: Principal, enterprise: str, vpg: str) -> Task | None:
-        raise NotImplementedError
-
-    def active_task_at_site(self, who: Principal, enterprise: str, vpg: str, site: str) -> Task | None:
-        raise NotImplementedError
-
-    # logs, health, audit, events
-    # The task's result: {"archive": id, "bytes": n, "name": "….tar.gz"}.
-    def collect_logs(self, who: Principal, enterprise: str | None, request: c.LogRequest) -> Task:
-        raise NotImplementedError
-
-    def log_archive(self, who: Principal, task: str) -> bytes:
-        raise NotImplementedError
-
-    def health(self, who: Principal, enterprise: str | None = None) -> c.Health:
-        raise NotImplementedError
-
-    def alerts(
-        self, who: Principal, enterprise: str | None = None, page: c.PageRequest = P, cleared: bool = False
-    ) -> c.Page[c.Alert]:
-        raise NotImplementedError
-
-    def audit(self, who: Principal, enterprise: str | None = None, page: c.PageRequest = P) -> c.Page[c.AuditEntry]:
-        raise NotImplementedError
-
-    # Ascending, at most `limit`; only what the caller may see. `after` 0: from the oldest kept.
-    def events(self, who: Principal, after: int, limit: int = 100) -> list[c.Event]:
-        raise NotImplementedError
-
-    def newest_event(self, who: Principal) -> int:
-        raise NotImplementedError
-
-    # from the fabric (no principal: the connector has proven who speaks)
-    def certificate_ok(self, serial: str) -> bool:
-        raise NotImplementedError
-
-    def site_connected(self, enterprise: str, site: str, serial: str) -> SiteOrders:
-        raise NotImplementedError
-
-    def site_lost(self, enterprise: str, site: str) -> None:
-        raise NotImplementedError
-
-    def site_report(self, enterprise: str, site: str, report: SiteReport) -> None:
-        raise NotImplementedError
-
-    def host_report(self, data_center: str, host: str, report: SiteReport) -> None:
-        raise NotImplementedError
-
-    def orders_for(self, enterprise: str, site: str) -> SiteOrders:
-        raise NotImplementedError
-
-    # One per (data center, host), over all enterprises: scopes say whose. With `enterprise`: only that one's.
-    def host_orders(self, data_center: str, host: str, enterprise: str | None = None) -> SiteOrders:
-        raise NotImplementedError
-
-    def route(self, scope: Scope) -> c.Route:
-        raise NotImplementedError
-
-    def renew(self, enterprise: str, site: str, serial: str, csr: str) -> c.Renewal:
-        raise NotImplementedError
+    def _note_center_hosts(self) -> None:
+        """Give every host of the configuration its row; a host that is no longer there loses it."""
+        wanted = {(center.name, host.name) for center in self._context.config.data_centers for host in center.hosts}
+        with self._database.write(EVERYONE) as session:
+            rows = {(row.data_center, row.name): row for row in session.scalars(select(tables.CenterHost))}
+            for key in rows.keys() - wanted:
+                session.delete(rows[key])
+            for data_center, name in wanted - rows.keys():
+                session.add(tables.CenterHost(data_center=data_center, name=name))

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from pydantic import BaseModel
@@ -48,10 +48,8 @@ R = TypeVar("R")
 log = structlog.get_logger(__name__)
 
 
-class Clock(Protocol):
-    """Nanoseconds since the epoch."""
-
-    def __call__(self) -> int: ...
+Clock = Callable[[], int]
+"""Nanoseconds since the epoch."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from dr_cloud.model.ids import Scope
 from dr_cloud.model.replication import SourceOrders, TargetOrders, Throttle
 from dr_cloud.model.vpg import RECOVERED, VpgSettings, VpgStatus
 
-_AT_REST: Final = RECOVERED | {VpgStatus.REMOVE_IN_PROGRESS}
+AT_REST: Final = RECOVERED | {VpgStatus.REMOVE_IN_PROGRESS}
 
 
 def replicates(vpg: tables.Vpg) -> bool:
     """Return whether the VPG is in anybody's orders."""
-    return VpgStatus(vpg.status) not in _AT_REST
+    return VpgStatus(vpg.status) not in AT_REST
 
 
 def source_orders(vpg: tables.Vpg) -> list[SourceOrders]:

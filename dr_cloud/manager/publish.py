@@ -1,13 +1,13 @@
 """Telling those who follow orders that there are new ones.
 
 A *party* follows orders: a site of an enterprise, or a host of a data center. Its orders are computed from the rows
-when they are asked for; only their revision is stored. It is raised here, after the change was committed; then the party is
-told to fetch. A crash in between is made good at the start, when every party's revision is raised.
+when they are asked for; only their revision is stored. It is raised here, after the change was committed; then the
+party is told to fetch. A crash in between is made good at the start, when every party's revision is raised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import structlog
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.fabric import Fabric
-from dr_cloud.manager.tenancy import EVERYONE, Database
+from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database
 from dr_cloud.model.errors import DrCloudError
 
 log = structlog.get_logger(__name__)
@@ -62,12 +62,15 @@ class Publisher:
             self._tell(party)
         return revisions
 
-    def publish_all(self) -> None:
-        """Do so for everyone: at the start."""
+    def publish_all(self, answers_for: Callable[[str], bool]) -> None:
+        """Do so for everyone that this process answers for: at the start."""
         with self._database.read(EVERYONE) as session:
             sites = session.execute(select(tables.Site.enterprise, tables.Site.name)).all()
             hosts = session.execute(select(tables.CenterHost.data_center, tables.CenterHost.name)).all()
-        self.publish([*(Party("site", *key) for key in sites), *(Party("host", *key) for key in hosts)])
+        parties = [Party("site", enterprise, name) for enterprise, name in sites if answers_for(enterprise)]
+        if answers_for(PROVIDER):
+            parties += [Party("host", data_center, name) for data_center, name in hosts]
+        self.publish(parties)
 
     def waiting_for(self, needs: Iterable[tuple[Party, int]]) -> list[str]:
         """Return, in words, who does not yet follow the revision it should."""

@@ -1,8 +1,8 @@
 """Sites, their hosts and servers; data centers and theirs.
 
 A host that a site reports for the first time is to have a VDSA: the enterprise has named it in its site's own
-configuration. `undeploy` takes the VDSA away, `deploy` brings it back. A data center's hosts are the provider's; a tenant
-sees clusters and pools, and the hosts and datastores that are in none.
+configuration. `undeploy` takes the VDSA away, `deploy` brings it back. A data center's hosts are the provider's; a
+tenant sees clusters and pools, and the hosts and datastores that are in none.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Sites(Operations):
                 setattr(row, name, value)
             change.registry = True
             if update.throttle is not None:
-                change.after.append(lambda: self._tell(Party("site", enterprise, site)))
+                change.after.append(lambda: self._tell_party(Party("site", enterprise, site)))
             return change.done(site_view(row))
 
-    def _tell(self, party: Party) -> None:
+    def _tell_party(self, party: Party) -> None:
         self._context.publisher.publish([party])
 
     # Hosts and servers of a site.
@@ -230,7 +230,7 @@ class Sites(Operations):
                 self._context.fabric.deploy_vdsa(site, host)
             elif in_center:
                 self._context.fabric.undeploy_vdsa(site, host)
-            self._tell(Party("host", site, host) if in_center else Party("site", task.enterprise, site))
+            self._tell_party(Party("host", site, host) if in_center else Party("site", task.enterprise, site))
             return Later(0.1, 0.1)
         state, problem = self._vdsa_state(task.enterprise, site, host, in_center)
         if state == ("installed" if wanted else "not installed"):

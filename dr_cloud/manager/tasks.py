@@ -2,8 +2,8 @@
 
 A task is a sequence of steps of one function: each call looks at what is, does a little, and says `Later` (call me
 again) or `Done`; what it must remember between steps is in the row. So a task that waits for a site holds no thread,
-and a manager that restarts goes on: a task that was running is stepped again if its type is safe to repeat, else it ends
-as HadException with that reason.
+and a manager that restarts goes on: a task that was running is stepped again if its type is safe to repeat, else it
+ends as HadException with that reason.
 
 One enterprise never has more than half of the workers at once. A step that raises `DrCloudError` ends its task as
 Failed, with the remedy; any other exception as HadException. Abort is asked for in the row and seen before each step.

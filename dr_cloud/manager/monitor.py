@@ -1,0 +1,294 @@
+"""What the manager looks at by itself, every few seconds: silence, alerts, running tests, forecasts, and what is old.
+
+Judgements are pure (`dr_cloud.manager.health`); here rows are read, alerts are raised and cleared, and watchers told.
+Each round is a few queries over whole tables, whatever the number of enterprises. A round that fails is logged, and the
+next one comes: nothing is remembered between rounds but what is in the database.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import structlog
+from sqlalchemy import delete, select, update
+
+from dr_cloud.manager import tables
+from dr_cloud.manager.health import (
+    STALE_NS,
+    Judgement,
+    TargetFacts,
+    forecast,
+    judge_link,
+    judge_target,
+    judge_vdsa,
+    lag_now,
+    promised_seconds,
+)
+from dr_cloud.manager.operations import Context
+from dr_cloud.manager.orders import AT_REST
+from dr_cloud.manager.recovery import counters, end_tests
+from dr_cloud.manager.tenancy import EVERYONE, PROVIDER
+from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.units import SECOND_NS
+from dr_cloud.model.vpg import VpgStatus
+
+ROUND_SECONDS: Final = 2.0
+FORECAST_SECONDS: Final = 60.0
+TIDY_SECONDS: Final = 600.0
+DAY_NS: Final = 86400 * SECOND_NS
+KEPT_DAYS: Final = 30
+"""How long ended tasks and cleared alerts are kept. The audit log is kept for ever."""
+_Key = tuple[str, str, str]
+"""(enterprise, kind, subject) of an alert."""
+log = structlog.get_logger(__name__)
+
+
+class Monitor:
+    """The rounds."""
+
+    def __init__(self, context: Context, answers_for: Callable[[str], bool]) -> None:
+        self._context = context
+        self._database = context.database
+        self._answers_for = answers_for
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+        self._due = {"forecast": 0.0, "tidy": 0.0}
+
+    def start(self) -> None:
+        """Begin with the rounds."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End them."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(ROUND_SECONDS):
+            for act in (self.note_silence, self.judge, self.look_at_tests, self._seldom):
+                try:
+                    act()
+                except Exception:
+                    log.exception("monitor.round", act=getattr(act, "__name__", ""))
+
+    def _seldom(self) -> None:
+        for name, seconds, act in (("forecast", FORECAST_SECONDS, self.forecast), ("tidy", TIDY_SECONDS, self.tidy)):
+            if time.monotonic() >= self._due[name]:
+                self._due[name] = time.monotonic() + seconds
+                act()
+
+    def note_silence(self) -> None:
+        """Take sites for lost that have not reported: their connector may have died before it could say so."""
+        now_ns = self._context.clock_ns()
+        table = tables.Site
+        silent = select(table.enterprise, table.name).where(table.connected, table.last_seen_ns < now_ns - STALE_NS)
+        with self._database.read(EVERYONE) as session:
+            found = [key for key in session.execute(silent).all() if self._answers_for(key[0])]
+        for enterprise, site in found:
+            with self._database.write(enterprise) as session:
+                still = (table.name == site) & table.connected & (table.last_seen_ns < now_ns - STALE_NS)
+                session.execute(update(table).where(still).values(connected=False))
+            self._context.events.emit(enterprise, now_ns, [("site", site, {"connected": False})])
+
+    # Alerts.
+
+    def judge(self) -> None:
+        """Raise and clear alerts."""
+        now_ns = self._context.clock_ns()
+        with self._database.read(EVERYONE) as session:
+            rows = session.scalars(select(tables.Alert).where(tables.Alert.cleared_ns.is_(None))).all()
+        standing: dict[_Key, tables.Alert] = {(row.enterprise, row.kind, row.subject): row for row in rows}
+        judged: dict[_Key, Judgement] = {}
+        for enterprise, judgement in self._judgements(now_ns, standing):
+            judged[enterprise, judgement.kind, judgement.subject] = judgement
+        for key, judgement in judged.items():
+            if judgement.raised and key not in standing:
+                self._raise(key, judgement, now_ns)
+        for key, row in standing.items():
+            if self._answers_for(row.enterprise) and (key not in judged or not judged[key].raised):
+                self._clear(row, now_ns)
+
+    def _judgements(self, now_ns: int, standing: dict[_Key, tables.Alert]) -> Iterator[tuple[str, Judgement]]:
+        raised: dict[tuple[str, str], set[str]] = {}
+        for enterprise, kind, subject in standing:
+            raised.setdefault((enterprise, subject), set()).add(kind)
+        target, vpg = tables.VpgTarget, tables.Vpg
+        wanted = select(
+            target.enterprise,
+            target.vpg,
+            target.name,
+            target.reported_ns,
+            target.lag_seconds,
+            target.newest_ns,
+            target.horizon_ns,
+            target.forecast_seconds,
+            target.problem,
+            target.target_problem,
+            vpg.status,
+            vpg.paused,
+            vpg.created_ns,
+            vpg.settings["checkpoint_seconds"].as_float().label("interval_seconds"),
+            vpg.settings["history_hours"].as_float().label("history_hours"),
+        ).join(vpg, (vpg.enterprise == target.enterprise) & (vpg.name == target.vpg))
+        with self._database.read(EVERYONE) as session:
+            targets = session.execute(wanted).all()
+            sites = session.scalars(select(tables.Site)).all()
+            hosts = session.scalars(select(tables.Host)).all()
+            center_hosts = session.scalars(select(tables.CenterHost)).all()
+        for row in targets:
+            if self._answers_for(row.enterprise):
+                subject = f"vpg/{row.vpg}/{row.name}"
+                standing_here = frozenset(raised.get((row.enterprise, subject), ()))
+                for judgement in judge_target(_facts(row, subject, now_ns), standing_here):
+                    yield row.enterprise, judgement
+        connected = set()
+        for site in filter(lambda row: self._answers_for(row.enterprise), sites):
+            if site.connected:
+                connected.add((site.enterprise, site.name))
+            seen_ns = now_ns if site.connected else site.last_seen_ns
+            yield site.enterprise, judge_link(f"site/{site.name}", bool(site.certificate), seen_ns, now_ns)
+        for host in hosts:
+            # Of a site that is away nothing is known but that.
+            if (host.enterprise, host.site) in connected:
+                up = host.present and host.vdsa not in ("failed", "not installed")
+                yield host.enterprise, judge_vdsa(f"host/{host.site}/{host.name}", host.wanted, up, host.problem)
+        for center in center_hosts if self._answers_for(PROVIDER) else ():
+            up = center.last_seen_ns is None or now_ns - center.last_seen_ns < STALE_NS
+            yield PROVIDER, judge_vdsa(f"host/{center.data_center}/{center.name}", center.wanted, up, center.problem)
+
+    def _raise(self, key: _Key, judgement: Judgement, now_ns: int) -> None:
+        enterprise, kind, subject = key
+        with self._database.write(enterprise or EVERYONE) as session:
+            if enterprise != PROVIDER and session.get(tables.Enterprise, enterprise) is None:
+                return
+            row = tables.Alert(
+                enterprise=enterprise,
+                id=uuid.uuid4().hex,
+                kind=kind,
+                subject=subject,
+                message=judgement.message,
+                remedy=judgement.remedy,
+                raised_ns=now_ns,
+            )
+            session.add(row)
+            data = {"id": row.id, "kind": kind, "raised": True, "message": judgement.message}
+        self._context.events.emit(enterprise, now_ns, [("alert", subject, data)])
+
+    def _clear(self, row: tables.Alert, now_ns: int) -> None:
+        with self._database.write(row.enterprise or EVERYONE) as session:
+            stored = session.get(tables.Alert, (row.enterprise, row.id))
+            if stored is None:
+                return
+            stored.cleared_ns = now_ns
+        data = {"id": row.id, "kind": row.kind, "raised": False}
+        self._context.events.emit(row.enterprise, now_ns, [("alert", row.subject, data)])
+
+    # Tests.
+
+    def look_at_tests(self) -> None:
+        """Keep the counters of running tests; fail those whose stack has died."""
+        table = tables.RecoveryTest
+        with self._database.read(EVERYONE) as session:
+            running = session.scalars(select(table).where(table.status == "running")).all()
+        for row in filter(lambda row: self._answers_for(row.enterprise), running):
+            try:
+                statistics = self._context.fabric.stack_statistics(row.id)
+            except DrCloudError:
+                continue  # nothing is known now; the next round asks again
+            with self._database.write(row.enterprise) as session:
+                stored = session.get(table, (row.enterprise, row.id))
+                if stored is None or stored.status != "running":
+                    continue
+                if statistics is not None:
+                    stored.statistics = counters(statistics)
+                    continue
+                stored.status, stored.stopped_ns, stored.uris = "failed", self._context.clock_ns(), {}
+                stored.problem = "its stack has died"
+                vpg = session.get(tables.Vpg, (row.enterprise, row.vpg))
+                if vpg is not None and row.kind == "test":
+                    end_tests(session, vpg)
+                self._context.registry.touch(session, row.enterprise)
+            told = ("test", row.id, {"vpg": row.vpg, "status": "failed"})
+            self._context.events.emit(row.enterprise, self._context.clock_ns(), [told])
+
+    # Now and then.
+
+    def forecast(self) -> None:
+        """Tell how much history each journal will have, by the free space of its datastore."""
+        target, vpg = tables.VpgTarget, tables.Vpg
+        wanted = (
+            select(target, vpg.settings["history_hours"].as_float())
+            .join(vpg, (vpg.enterprise == target.enterprise) & (vpg.name == target.vpg))
+            .where(target.in_center)
+        )
+        with self._database.read(EVERYONE) as session:
+            rows = [(row, hours) for row, hours in session.execute(wanted).all()]
+        free: dict[tuple[str, str], int | None] = {}
+        rates: dict[tuple[str, str], float] = {}
+        for row, _ in rows:
+            place = (row.site, row.placed_datastore)
+            if place not in free:
+                free[place] = self._free(*place)
+            seconds = _history(row.newest_ns, row.horizon_ns)
+            rates[place] = rates.get(place, 0.0) + (row.journal_bytes / seconds if seconds > 0 else 0.0)
+        told: dict[str, list[tuple[tables.VpgTarget, float | None]]] = {}
+        for row, hours in rows:
+            place = (row.site, row.placed_datastore)
+            seconds = _history(row.newest_ns, row.horizon_ns)
+            expected = forecast(seconds, promised_seconds(hours), free[place], rates[place])
+            if expected != row.forecast_seconds and self._answers_for(row.enterprise):
+                told.setdefault(row.enterprise, []).append((row, expected))
+        for enterprise, changes in told.items():
+            with self._database.write(enterprise) as session:
+                for row, expected in changes:
+                    stored = session.get(target, (enterprise, row.vpg, row.name))
+                    if stored is not None:
+                        stored.forecast_seconds = expected
+
+    def _free(self, data_center: str, datastore: str) -> int | None:
+        try:
+            return self._context.fabric.free_bytes(data_center, datastore)
+        except DrCloudError as error:
+            log.info("monitor.free", data_center=data_center, datastore=datastore, error=str(error))
+            return None
+
+    def tidy(self) -> None:
+        """Delete what is too old to matter: answers of a day ago, ended tasks and cleared alerts of a month ago."""
+        if not self._answers_for(PROVIDER):
+            return
+        now_ns = self._context.clock_ns()
+        long_ago_ns = now_ns - KEPT_DAYS * DAY_NS
+        with self._database.write(EVERYONE) as session:
+            for gone in (
+                delete(tables.Idempotency).where(tables.Idempotency.created_ns < now_ns - DAY_NS),
+                delete(tables.Pairing).where(tables.Pairing.expires_ns < now_ns - DAY_NS),
+                delete(tables.Task).where(tables.Task.ended_ns < long_ago_ns),
+                delete(tables.Alert).where(tables.Alert.cleared_ns < long_ago_ns),
+            ):
+                session.execute(gone)
+        for path in (self._context.work_dir / "logs").glob("*.tar.gz"):
+            if time.time() - path.stat().st_mtime > DAY_NS / SECOND_NS:
+                path.unlink(missing_ok=True)
+
+
+def _history(newest_ns: int | None, horizon_ns: int | None) -> float:
+    return max(0.0, (newest_ns - horizon_ns) / SECOND_NS) if newest_ns is not None and horizon_ns is not None else 0.0
+
+
+def _facts(row: Any, subject: str, now_ns: int) -> TargetFacts:
+    return TargetFacts(
+        subject=subject,
+        replicating=not row.paused and VpgStatus(row.status) not in AT_REST,
+        interval_seconds=row.interval_seconds,
+        promised_seconds=promised_seconds(row.history_hours),
+        age_seconds=(now_ns - row.created_ns) / SECOND_NS,
+        lag_seconds=lag_now(row.lag_seconds, row.reported_ns, now_ns),
+        history_seconds=_history(row.newest_ns, row.horizon_ns),
+        forecast_seconds=row.forecast_seconds,
+        problem=row.problem or row.target_problem,
+    )

@@ -1,0 +1,361 @@
+"""Recovery tests and failover before its commit: stacks at past times, opened, watched, closed.
+
+A test's id is its stack's name, so a manager that restarted finds its stacks again, and a task that is stepped twice
+opens nothing twice. Tests of one VPG run side by side and end one by one; replication goes on. A test whose stack has
+died is failed, and it alone. A failover serves one stack, writable, until it is rolled back (its commit is not here
+yet).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from dr_cloud.manager import tables
+from dr_cloud.manager.checkpoints import Checkpoints
+from dr_cloud.manager.fabric import ServedStack
+from dr_cloud.manager.operations import Change, missing, paged
+from dr_cloud.manager.protect import only_target
+from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, view
+from dr_cloud.manager.vpgs import Vpgs, judge
+from dr_cloud.model.cloud import FailoverRequest, Page, PageRequest, RecoveryTest, Route, StopTest, TestsRequest
+from dr_cloud.model.errors import ConflictError, DrCloudError, InvalidError
+from dr_cloud.model.ids import Scope
+from dr_cloud.model.principal import Principal
+from dr_cloud.model.task import Task
+from dr_cloud.model.units import SECOND_NS, format_time
+from dr_cloud.model.vpg import VpgEvent, VpgStatus, next_status
+from dr_cloud.stack.stack import StackStatistics
+
+OPEN = ("opening", "running", "closing")
+
+
+class Recovery(Vpgs, Checkpoints):
+    """Operations on recovery tests and failovers."""
+
+    def start_tests(self, who: Principal, enterprise: str, vpg: str, request: TestsRequest) -> Task:
+        """Start a test at each time, all in parallel."""
+        with self._change(who, "test.start", enterprise, f"vpg {vpg}") as change:
+            row = self._row(change.session, enterprise, vpg)
+            target = self._servable(row, request.target)
+            row.status = next_status(VpgStatus(row.status), VpgEvent.TEST_STARTED).value
+            inputs = request.model_dump(mode="json") | {"target": target.name}
+            task = change.task("test.start", inputs, vpg=vpg, site=target.site)
+            tests = [
+                _new_test(change, vpg, target.name, "test", task.id, at_ns, request.note, request.quota_bytes)
+                for at_ns in request.times_ns
+            ]
+            task.state = {"tests": tests}
+            change.registry = True
+            return change.done(view(task))
+
+    def failover(self, who: Principal, enterprise: str, vpg: str, request: FailoverRequest) -> Task:
+        """Serve the VPG's disks, writable, as they were at a checkpoint, at a time, or at the latest."""
+        if request.checkpoint is not None and request.at_ns is not None:
+            raise InvalidError("a checkpoint and a time were given", "Give one of them, or none for the latest.")
+        with self._change(who, "failover.start", enterprise, f"vpg {vpg}") as change:
+            row = self._row(change.session, enterprise, vpg)
+            self._one_at_a_time(change.session, row)
+            target = self._servable(row, request.target)
+            row.status = next_status(VpgStatus(row.status), VpgEvent.FAILOVER_STARTED).value
+            inputs = request.model_dump(mode="json") | {"target": target.name}
+            task = change.task("failover.start", inputs, vpg=vpg, site=target.site)
+            test = _new_test(change, vpg, target.name, "failover", task.id, request.at_ns or 0, "", None)
+            task.state = {"tests": [test]}
+            change.registry = True
+            change.event("vpg", vpg, status=row.status)
+            return change.done(view(task))
+
+    def rollback_failover(self, who: Principal, enterprise: str, vpg: str) -> Task:
+        """End a failover that was not committed: what was written to the recovered disks is gone."""
+        with self._change(who, "failover.rollback", enterprise, f"vpg {vpg}") as change:
+            row = self._row(change.session, enterprise, vpg)
+            self._one_at_a_time(change.session, row)
+            next_status(VpgStatus(row.status), VpgEvent.FAILOVER_ROLLED_BACK)
+            stacks = list(
+                change.session.scalars(_open_tests(vpg, "failover").with_only_columns(tables.RecoveryTest.id))
+            )
+            task = change.task("failover.rollback", {}, vpg=vpg)
+            task.state = {"tests": stacks}
+            return change.done(view(task))
+
+    def stop_test(self, who: Principal, enterprise: str, test: str, how: StopTest) -> Task:
+        """Stop one test and say how it went."""
+        with self._change(who, "test.stop", enterprise, f"test {test}") as change:
+            row = change.session.get(tables.RecoveryTest, (enterprise, test))
+            if row is None or row.kind != "test":
+                raise missing("test", test)
+            if row.status not in ("opening", "running"):
+                raise ConflictError(f"the test is {row.status} already", "Nothing is left to stop.")
+            row.status, row.verdict, row.verdict_note = "closing", how.verdict, how.note
+            task = change.task("test.stop", {"test": test, **how.model_dump()}, vpg=row.vpg)
+            task.state = {"tests": [test]}
+            change.registry = True
+            return change.done(view(task))
+
+    def discard_tests(self, who: Principal, enterprise: str, vpg: str, count: int) -> int:
+        """Discard what is kept of the oldest `count` tests that have ended; return how many there were."""
+        if not 1 <= count <= 1_000_000:
+            raise InvalidError("at least one test is to be discarded", "Give a number from 1.")
+        with self._change(who, "test.discard", enterprise, f"vpg {vpg}") as change:
+            self._row(change.session, enterprise, vpg)
+            table = tables.RecoveryTest
+            wanted = select(table).where(table.vpg == vpg, table.kind == "test", table.status.not_in(OPEN))
+            rows = change.session.scalars(wanted.order_by(table.started_ns, table.id).limit(count)).all()
+            for row in rows:
+                change.session.delete(row)
+            change.registry = True
+            return len(rows)
+
+    def tests(
+        self, who: Principal, enterprise: str, vpg: str | None = None, page: PageRequest = PageRequest()
+    ) -> Page[RecoveryTest]:
+        """List tests and failovers, newest first."""
+        with self._read(who, "test.read", enterprise) as session:
+            table = tables.RecoveryTest
+            wanted = select(table)
+            if vpg is not None:
+                self._row(session, enterprise, vpg)
+                wanted = wanted.where(table.vpg == vpg)
+            now_ns = self._context.clock_ns()
+            keys = [table.started_ns, table.id]
+            return paged(session, wanted, keys, page, lambda row: test_view(row, now_ns), newest_first=True)
+
+    def test(self, who: Principal, enterprise: str, test: str) -> RecoveryTest:
+        """Return one test (FailoverTestInfo), with its counters as they are now."""
+        with self._read(who, "test.read", enterprise) as session:
+            row = session.get(tables.RecoveryTest, (enterprise, test))
+            if row is None:
+                raise missing("test", test)
+        found = test_view(row, self._context.clock_ns())
+        if row.status != "running":
+            return found
+        try:
+            statistics = self._context.fabric.stack_statistics(test)
+        except DrCloudError as error:
+            return found.model_copy(update={"problem": str(error)})
+        return found.model_copy(update={"statistics": counters(statistics)}) if statistics is not None else found
+
+    def _servable(self, row: tables.Vpg, name: str | None) -> tables.VpgTarget:
+        target = only_target(row, name)
+        if not target.in_center:
+            raise InvalidError(
+                f"target {target.name} is at a site of the enterprise: stacks run in the provider's data centers",
+                "Choose a target in a data center.",
+            )
+        return target
+
+    # Tasks.
+
+    def _register_recovery_tasks(self) -> None:
+        register = self._context.tasks.register
+        register("test.start", TaskType(self._step_start_tests))
+        register("test.stop", TaskType(self._step_stop_test))
+        register("failover.start", TaskType(self._step_failover))
+        register("failover.rollback", TaskType(self._step_rollback))
+
+    def _step_start_tests(self, task: tables.Task) -> Later | Done:
+        rows = self._tests_of(task)
+        times = {row.id: row.asked_ns for row in rows if row.status == "opening"}
+        quota_bytes = rows[0].quota_bytes if rows else None
+        problems = self._open(task, times, quota_bytes)
+        wanted = {row.id for row in self._tests_of(task) if row.status == "running"}
+        for id_ in times.keys() - wanted - problems.keys():  # stopped, or forgotten with its VPG, while it opened
+            self._context.fabric.close_stack(id_)
+        self._settle(task)
+        if times and len(problems) == len(times):
+            error = next(iter(problems.values()))
+            raise TaskFailedError(f"no test could be started: {error}", error.remedy)
+        return Done({"tests": list(task.state["tests"]), "failed": {id_: str(e) for id_, e in problems.items()}})
+
+    def _step_stop_test(self, task: tables.Task) -> Later | Done:
+        (test,) = task.state["tests"]
+        statistics = self._context.fabric.close_stack(test)
+        with self._database.write(task.enterprise) as session:
+            row = session.get(tables.RecoveryTest, (task.enterprise, test))
+            if row is not None and row.stopped_ns is None:
+                row.status, row.stopped_ns, row.uris = "stopped", self._context.clock_ns(), {}
+                row.statistics = counters(statistics) or row.statistics
+                self._context.registry.touch(session, task.enterprise)
+        self._settle(task)
+        return Done({"test": test})
+
+    def _step_failover(self, task: tables.Task) -> Later | Done:
+        (test,) = task.state["tests"]
+        try:
+            at_ns = self._failover_time(task)
+            problems = self._open(task, {test: at_ns}, None)
+            if problems:
+                raise problems[test]
+        except DrCloudError as error:
+            with self._database.write(task.enterprise) as session:
+                row = session.get(tables.RecoveryTest, (task.enterprise, test))
+                if row is not None and row.stopped_ns is None:
+                    row.status, row.stopped_ns, row.problem = "failed", self._context.clock_ns(), str(error)
+            self._roll_back(task)
+            raise
+        return Done({"test": test, "at_ns": at_ns})
+
+    def _failover_time(self, task: tables.Task) -> int:
+        if task.inputs["at_ns"] is not None:
+            return int(task.inputs["at_ns"])
+        found = [c for c in self._context.fabric.checkpoints(self._route_of(task)) if c.testable]
+        if task.inputs["checkpoint"] is not None:
+            found = [c for c in found if c.number == task.inputs["checkpoint"]]
+        if not found:
+            raise TaskFailedError("there is no such checkpoint to fail over to", "List the checkpoints, choose one.")
+        return found[-1].time_ns
+
+    def _step_rollback(self, task: tables.Task) -> Later | Done:
+        for test in task.state["tests"]:
+            statistics = self._context.fabric.close_stack(test)
+            with self._database.write(task.enterprise) as session:
+                row = session.get(tables.RecoveryTest, (task.enterprise, test))
+                if row is not None and row.stopped_ns is None:
+                    row.status, row.stopped_ns, row.uris = "stopped", self._context.clock_ns(), {}
+                    row.statistics = counters(statistics) or row.statistics
+        self._roll_back(task)
+        return Done()
+
+    def _roll_back(self, task: tables.Task) -> None:
+        with self._database.write(task.enterprise) as session:
+            row = session.get(tables.Vpg, (task.enterprise, task.vpg))
+            if row is not None and row.status == VpgStatus.FAILOVER:
+                row.status = next_status(VpgStatus(row.status), VpgEvent.FAILOVER_ROLLED_BACK).value
+                if session.scalars(_open_tests(row.name, "test").limit(1)).first() is not None:
+                    row.status = next_status(VpgStatus(row.status), VpgEvent.TEST_STARTED).value
+                judge(session, self._context.config, row, self._context.clock_ns())
+                self._context.registry.touch(session, task.enterprise)
+
+    def _open(self, task: tables.Task, times_ns: Mapping[str, int], quota_bytes: int | None) -> dict[str, DrCloudError]:
+        """Open stacks and note what became of each; return those that failed, with why."""
+        if not times_ns:
+            return {}
+        try:
+            opened = self._context.fabric.open_stacks(self._route_of(task), times_ns, quota_bytes)
+        except DrCloudError as error:
+            opened = dict.fromkeys(times_ns, error)
+        problems = {}
+        with self._database.write(task.enterprise) as session:
+            for id_, outcome in opened.items():
+                if isinstance(outcome, DrCloudError):
+                    problems[id_] = outcome
+                row = session.get(tables.RecoveryTest, (task.enterprise, id_))
+                if row is not None:
+                    row.asked_ns = times_ns[id_]
+                    _note_outcome(row, outcome, self._context.clock_ns())
+            self._context.registry.touch(session, task.enterprise)
+        return problems
+
+    def _route_of(self, task: tables.Task) -> Route:
+        scope = Scope(task.enterprise, task.vpg or "", str(task.inputs["target"]))
+        with self._database.read(task.enterprise) as session:
+            _, target = self._find(session, scope)
+            return self._route(session, target)
+
+    def _tests_of(self, task: tables.Task) -> list[tables.RecoveryTest]:
+        table = tables.RecoveryTest
+        with self._database.read(task.enterprise) as session:
+            return list(session.scalars(select(table).where(table.id.in_(task.state["tests"]))))
+
+    def _settle(self, task: tables.Task) -> None:
+        """End the VPG's status Test with its last test; tell what happened."""
+        with self._database.write(task.enterprise) as session:
+            row = session.get(tables.Vpg, (task.enterprise, task.vpg), with_for_update=True)
+            if row is None:
+                return
+            end_tests(session, row)
+            judge(session, self._context.config, row, self._context.clock_ns())
+            status = row.status
+        tests = [("test", test, {"vpg": task.vpg}) for test in task.state["tests"]]
+        told: list[tuple[str, str, dict[str, Any]]] = [*tests, ("vpg", task.vpg or "", {"status": status})]
+        self._context.events.emit(task.enterprise, self._context.clock_ns(), told)
+        self._context.registry.wake()
+
+
+def end_tests(session: Session, row: tables.Vpg) -> None:
+    """Set the status of a VPG in tests to what it is without, if its last test has ended."""
+    table = tables.RecoveryTest
+    session.flush()
+    wanted = select(func.count(table.id)).where(
+        table.enterprise == row.enterprise, table.vpg == row.name, table.kind == "test", table.status.in_(OPEN)
+    )
+    if row.status == VpgStatus.TEST and not session.scalar(wanted):
+        row.status = next_status(VpgStatus.TEST, VpgEvent.TESTS_ENDED).value
+
+
+def _open_tests(vpg: str, kind: str) -> Any:
+    table = tables.RecoveryTest
+    return select(table).where(table.vpg == vpg, table.kind == kind, table.status.in_(OPEN))
+
+
+def _new_test(
+    change: Change, vpg: str, target: str, kind: str, task: str, at_ns: int, note: str, quota_bytes: int | None
+) -> str:
+    row = tables.RecoveryTest(
+        enterprise=change.enterprise,
+        id=uuid.uuid4().hex,
+        vpg=vpg,
+        target=target,
+        kind=kind,
+        task=task,
+        status="opening",
+        asked_ns=at_ns,
+        note=note,
+        quota_bytes=quota_bytes,
+        started_ns=change.now_ns,
+        started_by=change.who.name,
+    )
+    change.session.add(row)
+    change.event("test", row.id, vpg=vpg, status="opening", asked=format_time(at_ns) if at_ns else "latest")
+    return row.id
+
+
+def _note_outcome(row: tables.RecoveryTest, outcome: ServedStack | DrCloudError, now_ns: int) -> None:
+    if isinstance(outcome, DrCloudError):
+        row.status, row.problem, row.stopped_ns = "failed", str(outcome), now_ns
+        return
+    row.at_ns, row.uris = outcome.at_ns, outcome.uris
+    row.running_ns = row.running_ns or now_ns
+    row.statistics = {"open_seconds": outcome.open_seconds}
+    if outcome.note and outcome.note not in row.note:
+        row.note = f"{row.note}; {outcome.note}" if row.note else outcome.note
+    if row.status == "opening":
+        row.status = "running"
+
+
+def counters(statistics: StackStatistics | None) -> dict[str, Any]:
+    """Return a stack's counters as they are kept."""
+    return statistics.model_dump(mode="json", exclude={"at_ns"}) if statistics is not None else {}
+
+
+def test_view(row: tables.RecoveryTest, now_ns: int) -> RecoveryTest:
+    """Return a test as it is shown."""
+    return RecoveryTest.model_validate(
+        {
+            "id": row.id,
+            "enterprise": row.enterprise,
+            "vpg": row.vpg,
+            "target": row.target,
+            "kind": row.kind,
+            "task": row.task,
+            "status": row.status,
+            "asked_ns": row.asked_ns,
+            "at_ns": row.at_ns,
+            "note": row.note,
+            "uris": row.uris or {},
+            "started_ns": row.started_ns,
+            "running_ns": row.running_ns,
+            "stopped_ns": row.stopped_ns,
+            "seconds": ((row.stopped_ns or now_ns) - row.started_ns) / SECOND_NS,
+            "verdict": row.verdict,
+            "verdict_note": row.verdict_note or "",
+            "statistics": row.statistics or {},
+            "problem": row.problem or "",
+            "started_by": row.started_by,
+        }
+    )
