@@ -136,6 +136,7 @@ def test_a_site_without_its_provider_goes_on(world: World) -> None:
     world.settings["token"] = ""
     world.start_site()
     wait_until(lambda: "site.link_down" in world.log("site"))
+    wait_until(lambda: world.log("site").count(" vdsa.tap ") == 2, 20)
     count = len(world.guest.writes)
     wait_until(lambda: len(world.guest.writes) > count + 50, 10)
     world.provider.start()
