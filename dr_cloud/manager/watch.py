@@ -87,6 +87,11 @@ class Watch(Pairings, Dispatch):
                 parties.append(party)
                 self._context.registry.touch(session, enterprise)
             _take_servers(session, enterprise, site, _seen(report.hosts), now_ns)
+            session.flush()
+            for analysis in report.analyses:
+                server = session.get(tables.Server, (enterprise, site, analysis.server))
+                if server is not None:
+                    server.analysis, server.analysed_ns = analysis.model_dump(mode="json"), now_ns
             for source in report.sources:
                 target = _target(session, enterprise, source)
                 if target is not None and _vpg(session, target).source_site == site:
@@ -175,7 +180,7 @@ class Watch(Pairings, Dispatch):
         signature = hash(_signature(report))
         with self._written_lock:
             before, at_ns = self._written.get(party, (0, 0))
-            if before == signature and now_ns - at_ns < WRITTEN_EVERY_NS:
+            if before == signature and now_ns - at_ns < WRITTEN_EVERY_NS and not report.analyses:
                 return False
             self._written[party] = (signature, now_ns)
         return True

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dr_cloud.model.analysis import ServerAnalysis
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, Disk
 from dr_cloud.model.provider import Architecture
@@ -143,6 +144,8 @@ class SiteReport(_Record):
     targets: list[TargetReport] = []
     datastores: list[str] = []
     """Those of the site's own configuration: what a `TargetOrders.store` may name."""
+    analyses: list[ServerAnalysis] = []
+    """Of some of its servers: each in its turn, every half a minute or so."""
     problems: list[str] = []
     """Orders that could not be followed and belong to no report above."""
 

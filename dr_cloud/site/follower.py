@@ -18,17 +18,26 @@ from typing import Final, Literal
 
 import structlog
 
+from dr_cloud.model.analysis import ServerAnalysis
 from dr_cloud.model.errors import DrCloudError, NotFoundError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport
+from dr_cloud.model.units import SECOND_NS
 from dr_cloud.site.config import SiteSettings, TapHost
 from dr_cloud.site.orders import Accepted, refused_source, refused_target
 from dr_cloud.store.open import open_store
 from dr_cloud.store.store import Store
+from dr_cloud.vdsa.analysis.analyzers import Analyzers
 from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.target_io import TargetVdsa
 
 VERSION: Final = version("dr-cloud")
+ANALYSIS_SECONDS: Final = 30
+"""So often the analysis of each server is told,"""
+FIRST_ANALYSIS_SECONDS: Final = 5
+"""first when something has been seen,"""
+ANALYSES_MAX: Final = 8
+"""so many in one report."""
 _RELEASE_SECONDS: Final = 5.0
 _VdsaState = Literal["installed", "not installed", "installing", "removing", "failed"]
 
@@ -39,7 +48,7 @@ class Follower:
     """See the module's docstring. All methods belong to one event loop."""
 
     def __init__(self, settings: SiteSettings, clock_ns: Callable[[], int]) -> None:
-        """Prepare; `hub` and `target` are given before anything else is called.
+        """Prepare; `analyzers`, `hub` and `target` are given before anything else is called.
 
         Args:
             settings: The site's configuration.
@@ -48,6 +57,7 @@ class Follower:
         self.accepted = Accepted(SiteOrders(revision=0, hosts=[]), {}, {}, [])
         self.followed_revision = 0
         """Of the orders that have been carried out."""
+        self.analyzers: Analyzers
         self.hub: SourceHub
         self.target: TargetVdsa
         self._hosts = {host.name: host for host in settings.hosts}
@@ -58,6 +68,8 @@ class Follower:
         """By tap. One that has gone is kept, as not connected, until its server shows up elsewhere."""
         self._clock_ns = clock_ns
         self._following = asyncio.Lock()
+        self._due_ns: dict[str, int] = {}
+        """By server: when its analysis is to be told."""
 
     @property
     def datastores(self) -> list[str]:
@@ -150,6 +162,17 @@ class Follower:
             datastores=self.datastores,
             problems=self.accepted.problems,
         )
+
+    def analyses(self) -> list[ServerAnalysis]:
+        """Return what the analyzers find, of servers that were not told of for a while, a few at a time."""
+        now_ns = self._clock_ns()
+        servers = self.analyzers.servers()
+        first_ns = now_ns + FIRST_ANALYSIS_SECONDS * SECOND_NS
+        self._due_ns = {server: self._due_ns.get(server, first_ns) for server in servers}
+        due = sorted((server for server in servers if self._due_ns[server] <= now_ns), key=self._due_ns.__getitem__)
+        del due[ANALYSES_MAX:]
+        self._due_ns |= dict.fromkeys(due, now_ns + ANALYSIS_SECONDS * SECOND_NS)
+        return [report for server in due if (report := self.analyzers.report(server)) is not None]
 
     def _look(self) -> None:
         """Bring the list of servers up to date."""

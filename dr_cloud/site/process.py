@@ -41,6 +41,7 @@ from dr_cloud.site.orders import read_orders
 from dr_cloud.site.pairing import paired
 from dr_cloud.site.state import IDENTITY, ORDERS, Identity, StateFolder
 from dr_cloud.site.uplink import Uplink
+from dr_cloud.vdsa.analysis.analyzers import Analyzers
 from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.target_io import TargetVdsa
 
@@ -48,6 +49,8 @@ REPORT_SECONDS: Final = 1.0
 LOOK_SECONDS: Final = 0.2
 """A change is told after this time at most, and not more often."""
 TEND_SECONDS: Final = 2.0
+SAVE_SECONDS: Final = 300.0
+"""So often what the analyzers have learnt is saved. It is a cache."""
 RENEW_SECONDS: Final = 2.0
 """So often it is looked whether the certificate is to be renewed,"""
 RENEW_APART_SECONDS: Final = 60.0
@@ -79,7 +82,8 @@ class Site:
             on_channel=self._on_channel,
             on_orders=self._follow,
         )
-        self.follower.hub = SourceHub(keyring, self.uplink.open)
+        self.follower.analyzers = Analyzers(state.path / "analysis")
+        self.follower.hub = SourceHub(keyring, self.uplink.open, analyzers=self.follower.analyzers)
         self.follower.target = TargetVdsa(keyring, state.path / "work", self.follower.admit)
 
     async def run(self, ready: Callable[[str], None]) -> None:
@@ -95,9 +99,11 @@ class Site:
                 work.create_task(self._repeat(self._report, LOOK_SECONDS), name="report")
                 work.create_task(self._repeat(self.follower.tend, TEND_SECONDS), name="tend")
                 work.create_task(self._repeat(self._renew_in_time, RENEW_SECONDS), name="renew")
+                work.create_task(self._repeat(self._save_analyses, SAVE_SECONDS), name="save")
         finally:
             await hub.close()
             await target.close()
+            self.follower.analyzers.save()
 
     # Orders.
 
@@ -155,6 +161,7 @@ class Site:
             return
         # If it is lost, the next one tells everything anew.
         self._told = None
+        report = report.model_copy(update={"analyses": self.follower.analyses()})
         await self.uplink.call("report", report.model_dump(mode="json"))
         self._told, self._told_at = what, time.monotonic()
 
@@ -163,6 +170,9 @@ class Site:
         if self.uplink.linked and due:
             self._renew_from = time.monotonic() + RENEW_APART_SECONDS
             await self._renew()
+
+    async def _save_analyses(self) -> None:
+        await asyncio.to_thread(self.follower.analyzers.save)
 
     # The certificate.
 

@@ -8,6 +8,7 @@ Layout (the folder has mode 0700, every file 0600)::
     keyring.json     the enterprise's key (`dr_cloud.seal.keyring`)
     orders.json      the last orders that were received, as they came
     work/            digest indexes of scopes that are replicated to here; may be lost
+    analysis/        what the analyzers have learnt of each server; may be lost
     logs/            log lines, bounded
 
 Crash recovery

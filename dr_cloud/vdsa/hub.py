@@ -39,6 +39,7 @@ from dr_cloud.model.ids import Scope
 from dr_cloud.model.replication import SeenServer, SourceOrders, SourceReport
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.tap import wire
+from dr_cloud.vdsa.analysis.analyzers import Analyzers
 from dr_cloud.vdsa.feed import Record
 from dr_cloud.vdsa.ports import TapConnection
 from dr_cloud.vdsa.source_io import ReplacedError, SourceVdsa
@@ -48,6 +49,7 @@ _TICK_SECONDS: Final = 0.05
 _HELLO_SECONDS: Final = 30.0
 _MATCH_SECONDS: Final = 1.0
 _SUCCESSOR_SECONDS: Final = 30.0
+_ANALYSED_COPY: Final = 0
 _AGAIN_SECONDS: Final = 5.0
 """So long after a failure a source is started again."""
 
@@ -66,6 +68,8 @@ class _Replication:
     """Event loop time from which it may be started."""
     last: SourceReport | None = None
     """Of its last source, while it has none."""
+    analysed_cut: tuple[int, bool] = (0, False)
+    """The last one that the analyzers were told of."""
 
 
 class SourceHub:
@@ -77,6 +81,7 @@ class SourceHub:
         connect: Callable[[Scope], Awaitable[MessageStream]],
         *,
         connections: int = 1,
+        analyzers: Analyzers | None = None,
     ) -> None:
         """Prepare; `listen` and `configure` make it work.
 
@@ -84,7 +89,9 @@ class SourceHub:
             keyring: The enterprises' keys.
             connect: Makes one connection to the target VDSA of a scope. `OSError` or `DrCloudError`: tried again.
             connections: How many connections each stream uses.
+            analyzers: Look at what the first copy of each tap sends, and at each checkpoint of it.
         """
+        self._analyzers = analyzers
         self._keyring = keyring
         self._connect = connect
         self._connection_count = connections
@@ -166,6 +173,10 @@ class SourceHub:
             for scope, orders in wanted.items():
                 self._start(self._replications.setdefault(scope, _Replication(orders)))
             self._match_all()
+            if self._analyzers is not None:
+                members = {server for orders in sources for server in orders.members}
+                for server in set(self._analyzers.servers()) - members:
+                    self._analyzers.forget(server)
 
     def _change(self, known: _Replication, orders: SourceOrders) -> None:
         """Follow other orders of a scope: taps whose part of it is another now are let go."""
@@ -248,8 +259,18 @@ class SourceHub:
     def tap_sent(self, port: TapConnection, records: list[Record]) -> None:
         """A tap sent records."""
         attached = self._attached.get(port.number)
-        if attached is not None and attached[0].source is not None:
-            attached[0].source.tap_sent(port, records)
+        if attached is None or (source := attached[0].source) is None:
+            return
+        source.tap_sent(port, records)
+        if self._analyzers is not None and attached[0].orders.copy_number == _ANALYSED_COPY:
+            self._analyzers.take(attached[1].server, records)
+
+    def _analyse_cut(self, known: _Replication, source: SourceVdsa) -> None:
+        """Tell the analyzers of a checkpoint that has been made."""
+        cut = source.core.last_cut
+        if self._analyzers is not None and cut != known.analysed_cut and known.orders.copy_number == _ANALYSED_COPY:
+            known.analysed_cut = cut
+            self._analyzers.interval(known.orders.members, cut[0], 0, 0, cut[1])
 
     def tap_lost(self, port: TapConnection) -> None:
         """A tap's connection is gone."""
@@ -285,6 +306,11 @@ class SourceHub:
         announced = Announced(tap_id, hello.server, port.host, hello.durable, disks)
         self._attached[port.number] = known, announced
         port.attach({own: disk.index for own, disk in disks.items()})
+        if self._analyzers is not None and hello.copy_number == _ANALYSED_COPY:
+            plain = [disk for disk in hello.disks if disk.name in indexes]
+            self._analyzers.announce(
+                hello.server, [disk.model_copy(update={"index": indexes[disk.name]}) for disk in plain]
+            )
         known.source.attach(port, announced)
 
     def _speaks(self, port: TapConnection, hello: wire.Hello) -> bool:
@@ -320,6 +346,7 @@ class SourceHub:
             for known in self._replications.values():
                 if known.source is not None:
                     known.source.tick(now_ns)
+                    self._analyse_cut(known, known.source)
             if loop.time() < match_at:
                 continue
             match_at = loop.time() + _MATCH_SECONDS
@@ -379,6 +406,8 @@ class SourceHub:
 
     async def close(self) -> None:
         """Stop everything. The taps go on by their bitmaps."""
+        # Not forgotten: the servers are protected still.
+        self._analyzers = None
         await self.configure([])
         if self._ticker is not None:
             self._ticker.cancel()

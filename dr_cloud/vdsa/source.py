@@ -120,6 +120,8 @@ class SourceCore:
         self._rounds.forget()
         self._generation: int | None = None
         self._asked: dict[str, Request] = {}
+        self.last_cut: tuple[int, bool] = (0, False)
+        """Time of the last cut, and whether it is a time to recover to."""
 
     @property
     def stream(self) -> bytes:
@@ -428,6 +430,7 @@ class SourceCore:
             self._asked[request.id] = request
         self._taps.disturbed = kind == "sync"
         self._floor_ns = time_ns
+        self.last_cut = time_ns, kind != "sync"
         self.checkpoints += 1
 
     @property

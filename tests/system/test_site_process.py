@@ -85,7 +85,10 @@ def test_what_a_user_may_do_wrong(world: World) -> None:
 
 
 def test_orders_change_and_a_broken_one_stops_no_other(world: World) -> None:
-    """R7, R17: VPGs come, pause and go, VDSAs are put on hosts and taken away; each order stands alone."""
+    """R7, R17: VPGs come, pause and go, VDSAs are put on hosts and taken away; each order stands alone.
+
+    R2: what the analyzers find of each server comes with the reports.
+    """
     world.settings["hosts"].append({"name": "h2", "listen": "unix:h2.sock"})
     provider = world.provider
     world.start_site()
@@ -110,6 +113,12 @@ def test_orders_change_and_a_broken_one_stops_no_other(world: World) -> None:
     assert "secret" not in report.model_dump_json() + world.log("site")
     states = {host.host: host.vdsa for host in report.hosts}
     assert states == {"h1": "installed", "h2": "installed", "h3": "failed"}
+
+    wait_until(lambda: any(one.server == "web" for report in provider.reports for one in report.analyses), 20)
+    analysis = next(one for report in provider.reports for one in report.analyses if one.server == "web")
+    assert analysis.problem == ""
+    assert [disk.name for disk in analysis.disks] == ["root"]
+    assert analysis.since_ns is not None
 
     provider.tell(hosts=["h2"], sources=[{**order(), "paused": "by an administrator"}, order(other, server="db")])
     wait_until(lambda: {h.host: h.vdsa for h in provider.report().hosts} == {"h1": "not installed", "h2": "installed"})

@@ -15,10 +15,12 @@ from dr_cloud.model.errors import NotFoundError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Disk
 from dr_cloud.model.replication import SeenServer
+from dr_cloud.model.units import SECOND_NS
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.site.config import SiteSettings
 from dr_cloud.site.follower import Follower, essence
 from dr_cloud.site.orders import read_orders
+from dr_cloud.vdsa.analysis.analyzers import Analyzers
 from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.target_io import TargetVdsa
 
@@ -42,7 +44,8 @@ async def follower(tmp_path: Path, tmp_socket_dir: Path) -> AsyncIterator[Follow
         }
     )
     follower = Follower(settings, lambda: 42)
-    follower.hub = SourceHub(keyring, nobody)
+    follower.analyzers = Analyzers()
+    follower.hub = SourceHub(keyring, nobody, analyzers=follower.analyzers)
     follower.target = TargetVdsa(keyring, tmp_path / "work", follower.admit)
     yield follower
     await follower.hub.close()
@@ -109,6 +112,23 @@ async def test_the_revision_is_told_when_it_has_been_followed(follower: Follower
     follower.hub.configure = configure  # type: ignore[method-assign]
     await follower.follow(accepted(4))
     assert (follower.report().revision, follower.report().sources) == (4, [])
+
+
+async def test_analyses_are_told_in_turn(tmp_path: Path) -> None:
+    """R2: the analysis of each server, a few in each report, again after half a minute."""
+    now_ns = 0
+    settings = SiteSettings.model_validate({"state": tmp_path, "hosts": [{"name": "h1", "listen": "unix:x"}]})
+    follower = Follower(settings, lambda: now_ns)
+    follower.analyzers = Analyzers()
+    names = [f"s{number:02}" for number in range(12)]
+    for name in names:
+        follower.analyzers.announce(name, [Disk(index=0, name="root", size_bytes=4096)])
+    told: list[list[str]] = []
+    for second in range(0, 50):
+        now_ns = second * SECOND_NS
+        told.append([one.server for one in follower.analyses()])
+    assert [len(some) for some in told] == [0] * 5 + [8, 4] + [0] * 28 + [8, 4] + [0] * 13
+    assert told[5] + told[6] == told[35] + told[36] == names
 
 
 async def test_servers_that_have_gone_are_still_known(follower: Follower) -> None:
