@@ -22,7 +22,6 @@ from dr_cloud.api.deps import refuse_nul
 from dr_cloud.api.headers import RequestHeaders
 from dr_cloud.manager.cloud import Cloud
 
-BODY_BYTES_MAX: Final = 1 << 20
 _ERRORS: Final = (400, 401, 403, 404, 409, 413, 422, 429, 503)
 _DESCRIPTION: Final = """Continuous data protection for many enterprises, and recovery tests at any past time.
 
@@ -63,7 +62,6 @@ def make_app(cloud: Cloud) -> FastAPI:
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        max_body_size=BODY_BYTES_MAX,
         generate_unique_id_function=_operation_name,
     )
     app.state.cloud = cloud

@@ -1,4 +1,4 @@
-"""What every request and answer carries: an id, a line in the log, headers that keep browsers and caches from harm.
+"""What every request goes through: an id, a line in the log, a bound on its size, headers that keep browsers from harm.
 
 Written as plain ASGI, so that a stream of events passes through unbuffered. Neither the query nor any header is logged:
 they may hold secrets.
@@ -14,9 +14,11 @@ from typing import Any, Final
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _LOG = structlog.get_logger(__name__)
+BODY_BYTES_MAX: Final = 1 << 20
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{8,64}")
 _SECURITY: Final = {
     "Cache-Control": "no-store",
@@ -29,7 +31,7 @@ _SECURITY: Final = {
 
 
 class RequestHeaders:
-    """Gives each request its id, sets the headers of each answer, writes the access log."""
+    """Gives each request its id, bounds its body, sets the headers of each answer, writes the access log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -45,6 +47,16 @@ class RequestHeaders:
         began = time.monotonic()
         status = 0
 
+        received_bytes = 0
+
+        async def receive_bounded() -> MutableMapping[str, Any]:
+            nonlocal received_bytes
+            message = await receive()
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > BODY_BYTES_MAX:
+                raise HTTPException(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
+            return message
+
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
@@ -56,7 +68,7 @@ class RequestHeaders:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive_bounded, send_with_headers)
         finally:
             _LOG.info(
                 "request",
