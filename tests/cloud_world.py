@@ -1,8 +1,8 @@
 """A real manager over a fabric that only remembers: for tests of the manager, the API, the client and the command line.
 
-`QuietFabric` tells what connectors, VDSAs and stacks would, and notes what it was asked. Nothing runs
-behind it: checkpoints are those that a test puts there, stacks are names. `World` is a `Cloud` over it, with a clock that
-stands unless it is moved, and sites that follow their orders when a test says so.
+`QuietFabric` tells what connectors, VDSAs and stacks would, and notes what it was asked. Nothing runs behind it:
+checkpoints are those that a test puts there, stacks are names. `World` is a `Cloud` over it, with a clock that stands
+unless it is moved, and sites that follow their orders when a test says so.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,8 @@ class _Once:
     digest: str
 
 
+_audited = itertools.count(1)
+"""Orders audit rows of one moment, in one process."""
 _once: ContextVar[_Once | None] = ContextVar("once", default=None)
 
 
@@ -253,7 +256,7 @@ def _audit(
 ) -> tables.Audit:
     return tables.Audit(
         enterprise=enterprise,
-        id=f"{now_ns:020d}-{uuid.uuid4().hex[:16]}",
+        id=f"{now_ns:020d}-{next(_audited):010d}-{uuid.uuid4().hex[:8]}",
         at_ns=now_ns,
         principal=who.id,
         principal_name=who.name,
