@@ -11,21 +11,20 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from typing import Any, Final
+from typing import Final
 
 import ray
 import structlog
 
-from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, answer, node_address
-from dr_cloud.actors.gate import Gate, Office, Target
+from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, node_address
+from dr_cloud.actors.gate import Ask, Gate, Office
 from dr_cloud.actors.inner import Inner
+from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.node import LoopThread
-from dr_cloud.actors.settings import MANAGER, ProviderSettings
+from dr_cloud.actors.settings import AskManager, ProviderSettings
 from dr_cloud.link.websocket import LinkServer, serve
-from dr_cloud.model.cloud import Renewal
 from dr_cloud.model.errors import DrCloudError, UnavailableError
-from dr_cloud.model.ids import Scope
-from dr_cloud.model.replication import LogRequest, SiteOrders, SiteReport
+from dr_cloud.model.replication import LogRequest
 from dr_cloud.tap.memory import keep_freed_memory
 
 _RETRY_SECONDS: Final = 0.5
@@ -33,76 +32,24 @@ _RETRY_SECONDS: Final = 0.5
 _log = structlog.get_logger(__name__)
 
 
-class RayOffice:
-    """The manager, asked over Ray (`dr_cloud.actors.gate.Office`)."""
-
-    def __init__(self, settings: ProviderSettings, enterprise: str) -> None:
-        """Ask for `enterprise`."""
-        self._placement = settings.placement
-        self._enterprise = enterprise
-        self._manager: Any = None
-
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            if self._manager is None:
-                self._manager = await asyncio.to_thread(self._placement.find, MANAGER)
-            call = getattr(self._manager, method).remote(*arguments)
-            return await answer(call, "the manager", UNHEARD_SECONDS)
-        except UnavailableError:
-            self._manager = None
-            raise
-
-    async def certificate_ok(self, serial: str) -> bool:
-        """Whether a certificate was issued and is not revoked."""
-        return bool(await self._ask("certificate_ok", serial))
-
-    async def site_connected(self, site: str, serial: str) -> SiteOrders:
-        """Note that a site is there; return its orders."""
-        orders: SiteOrders = await self._ask("site_connected", self._enterprise, site, serial)
-        return orders
-
-    async def site_lost(self, site: str) -> None:
-        """Note that a site is gone."""
-        await self._ask("site_lost", self._enterprise, site)
-
-    async def site_report(self, site: str, report: SiteReport) -> None:
-        """Take a site's report."""
-        await self._ask("site_report", self._enterprise, site, report)
-
-    async def orders_for(self, site: str) -> SiteOrders:
-        """Return a site's orders."""
-        orders: SiteOrders = await self._ask("orders_for", self._enterprise, site)
-        return orders
-
-    async def renew(self, site: str, serial: str, csr: str) -> Renewal:
-        """Issue a new certificate."""
-        renewal: Renewal = await self._ask("renew", self._enterprise, site, serial, csr)
-        return renewal
-
-    async def target(self, scope: Scope) -> Target:
-        """Return where the target of a scope is, ready to serve it."""
-        target: Target = await self._ask("target", scope)
-        return target
-
-
 class Door:
     """What connectors and managers of one enterprise share: a door, on an event loop of its own."""
 
-    def __init__(self, settings: ProviderSettings, enterprise: str, port: int, office: Office) -> None:
+    def __init__(self, settings: ProviderSettings, enterprise: str, port: int, ask: Ask) -> None:
         """Begin to open.
 
         Args:
             settings: The provider.
             enterprise: Whose door it is.
             port: Where its sites dial; always the same.
-            office: The manager.
+            ask: Asks the manager.
         """
         keep_freed_memory()
         settings.node.make_folders()
         self._settings = settings
         self._enterprise = enterprise
         self._port = port
-        self._office = office
+        self._office = Office(enterprise, ask)
         self._problem = ""
         self._is_open = threading.Event()
         self._loop = LoopThread("link")
@@ -190,4 +137,5 @@ class Connector(Door):
 
     def __init__(self, settings: ProviderSettings, enterprise: str, port: int) -> None:
         """Begin to open; see `Door`."""
-        super().__init__(settings, enterprise, port, RayOffice(settings, enterprise))
+        self._log_files = start_log(settings, settings.connector_name(enterprise))
+        super().__init__(settings, enterprise, port, AskManager(settings.placement))

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
 import ray
 import structlog
@@ -27,6 +29,7 @@ from dr_cloud.actors.pool import StackPool
 from dr_cloud.actors.settings import ProviderSettings
 from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.actors.vdsa import Vdsa
+from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.fabric import ServedStack
 from dr_cloud.model.cloud import LogRequest, Route
 from dr_cloud.model.errors import DrCloudError, LimitError, UnavailableError
@@ -40,6 +43,13 @@ from dr_cloud.stack.stack import StackStatistics
 PLAN_SECONDS: Final = 60.0
 
 _log = structlog.get_logger(__name__)
+
+
+def free_port(host: str, port: int = 0) -> int:
+    """Return `port` if it can be listened on (0: any that can). Raises `OSError`."""
+    with socket.create_server((host, port)) as probe:
+        free: int = probe.getsockname()[1]
+        return free
 
 
 class Ports:
@@ -72,11 +82,8 @@ class Ports:
 
     def _free(self, wanted: Sequence[int]) -> int:
         for port in wanted:
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((self._host, port))
-                free: int = probe.getsockname()[1]
-                return free
+            with contextlib.suppress(OSError):
+                return free_port(self._host, port)
         raise LimitError(
             f"no port from {self._range[0]} to {self._range[1]} is free for another connector",
             "Widen `link_ports` in the provider's configuration.",
@@ -94,55 +101,73 @@ class RayFabric:
     """See the module's docstring and the protocol."""
 
     def __init__(
-        self, settings: ProviderSettings, door: Any, jurisdiction_of: Callable[[str], str], idle_stacks: int
+        self,
+        settings: ProviderSettings,
+        door: Any,
+        cloud: Callable[[], Cloud],
+        idle_stacks: int,
+        owner: str = "",
     ) -> None:
         """Prepare.
 
         Args:
             settings: The provider.
             door: The actor class of an enterprise's door.
-            jurisdiction_of: Where an enterprise's door may run.
+            cloud: Returns the manager that uses this.
             idle_stacks: How many stack actors to keep at hand in each data center.
+            owner: The enterprise whose manager uses this; empty for the provider's.
         """
         self._settings = settings
         self._placement = settings.placement
         self._door = door
-        self._jurisdiction_of = jurisdiction_of
+        self._cloud = cloud
         self._ports = Ports(settings)
         self._lock = threading.Lock()
         self._stacks: dict[str, tuple[OpenedStack, Any, StackPool]] = {}
         self._pools = {
             center.name: StackPool(
-                self._placement, settings.node, center.name, idle_stacks, at_data_center(center.name)
+                self._placement, settings.node, f"{center.name}/{owner}", idle_stacks, at_data_center(center.name)
             )
             for center in settings.config.data_centers
         }
 
     def take_over(self) -> None:
-        """Find the stacks of a former manager; start what is to be at hand."""
+        """Find the stacks of a former manager."""
         for pool in self._pools.values():
             for test, (opened, actor) in pool.adopt().items():
                 self._stacks[test] = (opened, actor, pool)
+
+    def refill(self) -> None:
+        """Start the stacks that are to be at hand; they become ready on their own."""
+        for pool in self._pools.values():
             pool.refill()
 
     # Connectors.
 
-    def _connector(self, enterprise: str) -> Any:
+    def connector(self, enterprise: str) -> Any:
+        """Return the actor of an enterprise's door. Raises `UnavailableError`."""
         return self._placement.find(self._settings.connector_name(enterprise))
 
     def start_connector(self, enterprise: str) -> str:
         """Make sure that the enterprise's connector runs; return where its sites dial."""
         port = self._ports.of(enterprise)
-        options = self._placement.options(
-            self._settings.connector_name(enterprise), in_jurisdiction(self._jurisdiction_of(enterprise))
-        )
-        self._door.options(**options).remote(self._settings, enterprise, port)
+        jurisdiction = self._cloud().enterprise(SYSTEM, enterprise).jurisdiction
+        options = self._placement.options(self._settings.connector_name(enterprise), in_jurisdiction(jurisdiction))
+        settings = self._settings if self._settings.manager_per_enterprise else self._settings.without_database
+        self._door.options(**options).remote(settings, enterprise, port)
         return f"wss://{self._settings.config.link_host}:{port}/link"
+
+    def wait_connector(self, enterprise: str) -> str:
+        """Wait until an enterprise's connector is open; return its inner address."""
+        address: str = ask_again(
+            lambda: self.connector(enterprise).ready.remote(), f"the connector of {enterprise}", START_SECONDS
+        )
+        return address
 
     def stop_connector(self, enterprise: str) -> None:
         """End the enterprise's connector, with all its links."""
         with contextlib.suppress(DrCloudError):
-            ask(self._connector(enterprise).stop.remote(), "the connector", UNHEARD_SECONDS)
+            ask(self.connector(enterprise).stop.remote(), "the connector", UNHEARD_SECONDS)
         self._placement.end(self._settings.connector_name(enterprise))
         self._ports.give_back(enterprise)
         for pool in self._pools.values():
@@ -150,30 +175,33 @@ class RayFabric:
 
     def disconnect(self, enterprise: str, site: str) -> None:
         """Close the links of this site at once."""
-        ask_again(lambda: self._connector(enterprise).disconnect.remote(site), "the connector", UNHEARD_SECONDS)
+        ask_again(lambda: self.connector(enterprise).disconnect.remote(site), "the connector", UNHEARD_SECONDS)
 
     def orders_changed(self, enterprise: str, site: str) -> None:
         """Tell the site's connector to fetch and send on its orders."""
-        self._connector(enterprise).orders_changed.remote(site)
+        self.connector(enterprise).orders_changed.remote(site)
 
     # VDSAs.
 
-    def _vdsa(self, data_center: str, host: str, enterprise: str) -> Any:
-        """Return the VDSA of a host for an enterprise, started if it does not run."""
+    def start_vdsa(self, data_center: str, host: str, enterprise: str = "") -> Any:
+        """Return the VDSA of a host for an enterprise, started if it does not run.
+
+        Where each enterprise has its own, the one of no enterprise stands for the host itself and serves nobody.
+        """
         name = self._settings.vdsa_name(data_center, host, enterprise)
         options = self._placement.options(name, at_data_center(data_center))
         whose = enterprise if self._settings.vdsa_per_enterprise else None
         return Vdsa.options(**options).remote(  # type: ignore[attr-defined]
-            self._settings.node, name, provider=self._settings, place=(data_center, host, whose)
+            self._settings.node, name, provider=self._settings.without_database, place=(data_center, host, whose)
         )
 
     def target(self, route: Route) -> Target:
         """Make the target of a scope ready to serve; return where it is."""
         scope = route.scope
         if route.kind == "site":
-            address = ask_again(lambda: self._connector(scope.enterprise).ready.remote(), "the connector")
+            address = self.wait_connector(scope.enterprise)
         else:
-            vdsa = self._vdsa(route.site, route.host, scope.enterprise)
+            vdsa = self.start_vdsa(route.site, route.host, scope.enterprise)
             address = ask_again(lambda: vdsa.admit.remote([_orders(route)]), "the VDSA")
         return Target(route=route, address=address)
 
@@ -183,15 +211,18 @@ class RayFabric:
 
     def host_orders_changed(self, data_center: str, host: str) -> None:
         """Tell the VDSAs of a data center's host to fetch their orders."""
+        if self._settings.vdsa_per_enterprise:
+            orders = self._cloud().host_orders(data_center, host)
+            for enterprise in {source.scope.enterprise for source in orders.sources}:
+                self.start_vdsa(data_center, host, enterprise)
         for name in self._names(data_center, host):
             with contextlib.suppress(UnavailableError):
                 self._placement.find(name).orders_changed.remote()
 
     def deploy_vdsa(self, data_center: str, host: str) -> None:
-        """Make sure that a VDSA runs on a host. Where each enterprise has its own, it is started when it is needed."""
-        if not self._settings.vdsa_per_enterprise:
-            vdsa = self._vdsa(data_center, host, "")
-            ask_again(lambda: vdsa.process.remote(), f"the VDSA of {host}", START_SECONDS)
+        """Make sure that a VDSA runs on a host. One that is an enterprise's own is started when it is needed."""
+        vdsa = self.start_vdsa(data_center, host)
+        ask_again(lambda: vdsa.process.remote(), f"the VDSA of {host}", START_SECONDS)
 
     def undeploy_vdsa(self, data_center: str, host: str) -> None:
         """Make sure that none does."""
@@ -206,7 +237,7 @@ class RayFabric:
                 f"the journal of {route.scope.vpg} is at site {route.site}, not with the provider",
                 "Look at it, and recover from it, at that site.",
             )
-        return self._vdsa(route.site, route.host, route.scope.enterprise)
+        return self.start_vdsa(route.site, route.host, route.scope.enterprise)
 
     def checkpoints(self, route: Route) -> Sequence[Checkpoint]:
         """Return every checkpoint of a scope, ascending."""
@@ -214,10 +245,21 @@ class RayFabric:
         found: list[Checkpoint] = ask_again(lambda: vdsa.checkpoints.remote(_orders(route)), "the VDSA", PLAN_SECONDS)
         return found
 
-    def insert_checkpoint(self, route: Route, request: str, tag: str, description: str) -> None:
-        """Ask the source of a scope for a checkpoint by hand."""
-        vdsa, scope = self._vdsa_of(route), route.scope
+    def insert_checkpoint(self, route: Route, tag: str, description: str) -> str:
+        """Ask the source of a scope for a checkpoint by hand; return the id that the checkpoint will carry."""
+        vdsa, scope, request = self._vdsa_of(route), route.scope, uuid.uuid4().hex
         ask_again(lambda: vdsa.checkpoint.remote(scope, tag, description, None, request), "the VDSA", UNHEARD_SECONDS)
+        return request
+
+    def free_bytes(self, data_center: str, datastore: str) -> int | None:
+        """Return the room of a datastore that is a folder of this machine; of others nothing is known."""
+        center = self._settings.config.data_center(data_center)
+        stores = [store.store for store in center.datastores if store.name == datastore] if center is not None else []
+        with contextlib.suppress(OSError):
+            if stores and (path := urlsplit(stores[0])).scheme == "file":
+                room = os.statvfs(unquote(path.path))
+                return room.f_bavail * room.f_frsize
+        return None
 
     # Stacks.
 
@@ -313,7 +355,7 @@ class RayFabric:
         )
         if not enterprise:
             return provider_archive(self._settings, wanted)
-        call = self._connector(enterprise).collect_logs.remote(site, wanted)
+        call = self.connector(enterprise).collect_logs.remote(site, wanted)
         packed: bytes = ask(call, "the connector", LOGS_SECONDS)
         return packed
 

@@ -32,7 +32,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -67,36 +67,49 @@ class Target(BaseModel):
     """`dr_cloud.actors.inner`: of the data center's VDSA, or of the door behind which the site is."""
 
 
-class Office(Protocol):
-    """The manager, as far as a door needs it. Each method raises `UnavailableError` while it is away."""
+Ask = Callable[..., Awaitable[Any]]
+"""Asks the manager: the operation's name, its arguments. Raises `UnavailableError` while the manager is away."""
+
+
+class Office:
+    """The manager, as far as the door of one enterprise needs it."""
+
+    def __init__(self, enterprise: str, ask: Ask) -> None:
+        """Ask for `enterprise`."""
+        self._enterprise = enterprise
+        self._ask = ask
 
     async def certificate_ok(self, serial: str) -> bool:
         """Whether a certificate was issued and is not revoked."""
-        ...
+        return bool(await self._ask("certificate_ok", serial))
 
     async def site_connected(self, site: str, serial: str) -> SiteOrders:
         """Note that a site is there; return its orders."""
-        ...
+        orders: SiteOrders = await self._ask("site_connected", self._enterprise, site, serial)
+        return orders
 
     async def site_lost(self, site: str) -> None:
         """Note that a site is gone."""
-        ...
+        await self._ask("site_lost", self._enterprise, site)
 
     async def site_report(self, site: str, report: SiteReport) -> None:
         """Take a site's report."""
-        ...
+        await self._ask("site_report", self._enterprise, site, report)
 
     async def orders_for(self, site: str) -> SiteOrders:
         """Return a site's orders."""
-        ...
+        orders: SiteOrders = await self._ask("orders_for", self._enterprise, site)
+        return orders
 
     async def renew(self, site: str, serial: str, csr: str) -> Renewal:
         """Issue a new certificate."""
-        ...
+        renewal: Renewal = await self._ask("renew", self._enterprise, site, serial, csr)
+        return renewal
 
     async def target(self, scope: Scope) -> Target:
         """Return where the target of a scope is, ready to serve it. Raises `NotFoundError`."""
-        ...
+        target: Target = await self._ask("target", scope)
+        return target
 
 
 class Gate:

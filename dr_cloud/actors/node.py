@@ -42,6 +42,10 @@ class NodeSettings(BaseModel):
         """Return the path of the unix socket of the actor `name`. It is short: the kernel takes 107 bytes."""
         return self.run_dir / f"{hashlib.blake2s(name.encode(), digest_size=8).hexdigest()}.sock"
 
+    def taps_socket(self, data_center: str, host: str, enterprise: str) -> Path:
+        """Return where an enterprise's taps on a data center's host find their VDSA."""
+        return self.run_dir / "taps" / data_center / host / f"{enterprise}.sock"
+
 
 class Stores:
     """The stores that an actor has open, one for each URL."""

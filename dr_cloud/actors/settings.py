@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
-from dr_cloud.actors.cluster import START_SECONDS, Placement, ask_again
+from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, Placement, answer, ask_again
 from dr_cloud.actors.node import NodeSettings
-from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.provider import Architecture, DatastoreConfig, ProviderConfig, load_yaml
 from dr_cloud.seal.identity import Credentials, new_key_and_csr
 
@@ -34,6 +35,11 @@ class ProviderSettings(BaseModel):
         return NodeSettings(
             keyring=state / "keyring.json", work_dir=state / "work", cache_dir=state / "cache", run_dir=state / "run"
         )
+
+    @property
+    def without_database(self) -> ProviderSettings:
+        """The same for actors that do not use the database: its URL may hold a password."""
+        return self.model_copy(update={"config": self.config.model_copy(update={"database": ""})})
 
     @property
     def manager_per_enterprise(self) -> bool:
@@ -65,6 +71,25 @@ class ProviderSettings(BaseModel):
             lambda: self.placement.find(MANAGER).certify.remote(csr, service, hosts), "the manager", START_SECONDS
         )
         return Credentials(key, certificate, ca)
+
+
+class AskManager:
+    """Asks the provider's manager over Ray, from an event loop. It is looked for anew after it could not be reached."""
+
+    def __init__(self, placement: Placement) -> None:
+        """Find it when it is first asked."""
+        self._placement = placement
+        self._manager: Any = None
+
+    async def __call__(self, method: str, *arguments: Any) -> Any:
+        """Have an operation carried out. Raises its error, or `UnavailableError` if the manager is away."""
+        try:
+            if self._manager is None:
+                self._manager = await asyncio.to_thread(self._placement.find, MANAGER)
+            return await answer(self._manager.inbound.remote(method, *arguments), "the manager", UNHEARD_SECONDS)
+        except UnavailableError:
+            self._manager = None
+            raise
 
 
 def load_provider(path: Path, state: Path | None = None) -> ProviderConfig:

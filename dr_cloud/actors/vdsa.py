@@ -3,6 +3,8 @@
 Purpose
     As a target it takes in the streams of the scopes it was told to serve, each into its own store. Who tells it is the
     manager: by its orders, and whenever a door asks where a scope's target is (`admit`).
+    As a source it takes the taps of servers that run on its host: recovered ones, or a tenant's servers in the cloud.
+    Each enterprise has a hub and a socket of its own there, so that names of servers never meet.
 
 Orders
     Fetched when they change and every ten seconds; what they no longer name is let go. A report goes to the manager
@@ -22,7 +24,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import ray
@@ -30,20 +32,23 @@ import structlog
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from dr_cloud.actors.cluster import UNHEARD_SECONDS, answer, node_address
+from dr_cloud.actors.cluster import node_address
+from dr_cloud.actors.gate import Target
 from dr_cloud.actors.inner import Inner
 from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.node import LoopThread, NodeSettings, Stores
-from dr_cloud.actors.settings import MANAGER, ProviderSettings
+from dr_cloud.actors.settings import AskManager, ProviderSettings
 from dr_cloud.journal.reader import JournalReader
-from dr_cloud.model.errors import DrCloudError, NotFoundError, UnavailableError
+from dr_cloud.link.stream import MessageStream
+from dr_cloud.model.errors import DrCloudError, NotFoundError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan
-from dr_cloud.model.replication import HostReport, SiteOrders, SiteReport, TargetOrders
+from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, TargetOrders
 from dr_cloud.seal.identity import replace_file
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.store import Store
 from dr_cloud.tap.memory import keep_freed_memory
+from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.scope import ScopeStatus
 from dr_cloud.vdsa.target_io import TargetVdsa
 
@@ -92,19 +97,20 @@ class Vdsa:
         self._kept = settings.socket(name).with_suffix(".targets")
         self._targets = {target.scope: target for target in [*self._recalled(), *targets]}
         self._orders = SiteOrders(revision=0, hosts=[])
-        self._manager: Any = None
+        self._hubs: dict[str, SourceHub] = {}
+        self._ask = AskManager(provider.placement) if provider is not None else None
         self._loop = LoopThread("vdsa")
         self._loop.call(self._start(socket or settings.socket(name)))
 
     async def _start(self, socket: Path) -> None:
         self._changed = asyncio.Event()
         self._vdsa = TargetVdsa(self._keyring, self._settings.work_dir / "digests", self._store)
-        inner = await asyncio.to_thread(self._inner)
-        self._server, self._address = await inner.listen(socket, self._vdsa.serve)
+        self._inner = await asyncio.to_thread(self._inner_end)
+        self._server, self._address = await self._inner.listen(socket, self._vdsa.serve)
         if self._provider is not None:
             self._following = asyncio.create_task(self._follow_for_ever(), name="follow")
 
-    def _inner(self) -> Inner:
+    def _inner_end(self) -> Inner:
         if self._provider is None or self._provider.placement.local:
             return Inner()
         address = node_address()
@@ -146,16 +152,6 @@ class Vdsa:
         """Fetch the orders now."""
         self._loop.loop.call_soon_threadsafe(self._changed.set)
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        assert self._provider is not None
-        try:
-            if self._manager is None:
-                self._manager = await asyncio.to_thread(self._provider.placement.find, MANAGER)
-            return await answer(getattr(self._manager, method).remote(*arguments), "the manager", UNHEARD_SECONDS)
-        except UnavailableError:
-            self._manager = None
-            raise
-
     async def _follow_for_ever(self) -> None:
         fetched = 0.0
         self._changed.set()
@@ -177,7 +173,7 @@ class Vdsa:
                 continue
 
     async def _follow(self) -> None:
-        assert self._place is not None
+        assert self._place is not None and self._ask is not None
         orders: SiteOrders = await self._ask("host_orders", *self._place)
         wanted = {target.scope: target for target in orders.targets}
         gone = [scope for scope in self._targets if scope not in wanted]
@@ -188,19 +184,52 @@ class Vdsa:
             await self._vdsa.release(scope)
         if orders.revision != self._orders.revision:
             _log.info("vdsa.orders", revision=orders.revision, targets=len(orders.targets), released=len(gone))
+        present = {target.scope.enterprise for target in orders.targets}
+        present |= {source.scope.enterprise for source in orders.sources}
+        for enterprise in sorted(present):
+            hub = await self._hub(enterprise)
+            await hub.configure([order for order in orders.sources if order.scope.enterprise == enterprise])
+        for enterprise in set(self._hubs) - present:
+            await self._hubs.pop(enterprise).close()
         self._orders = orders
 
-    async def _report(self) -> None:
+    async def _hub(self, enterprise: str) -> SourceHub:
+        """Return the hub of an enterprise's taps on this host, begun if there is none."""
         assert self._place is not None
+        if enterprise not in self._hubs:
+            data_center, host, _ = self._place
+            socket = self._settings.taps_socket(data_center, host, enterprise)
+            socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            hub = SourceHub(self._keyring, self._connect)
+            await hub.listen(host, f"unix:{socket}")
+            self._hubs[enterprise] = hub
+        return self._hubs[enterprise]
+
+    async def _connect(self, scope: Scope) -> MessageStream:
+        """Open a stream to the target of a scope, in a data center or behind its enterprise's door."""
+        assert self._ask is not None
+        target: Target = await self._ask("target", scope)
+        return await self._inner.connect(target.address)
+
+    async def _report(self) -> None:
+        assert self._place is not None and self._ask is not None
         data_center, host, _ = self._place
         report = SiteReport(
             revision=self._orders.revision,
             time_ns=time.time_ns(),
             version=version("dr-cloud"),
-            hosts=[HostReport(host=host, vdsa="installed")],
+            hosts=[HostReport(host=host, vdsa="installed", servers=self._seen())],
+            sources=[report for hub in self._hubs.values() for report in hub.reports()],
             targets=self._vdsa.reports(),
         )
         await self._ask("host_report", data_center, host, report)
+
+    def _seen(self) -> list[SeenServer]:
+        return [
+            server.model_copy(update={"enterprise": enterprise})
+            for enterprise, hub in self._hubs.items()
+            for server in hub.seen()
+        ]
 
     # What is asked of it.
 
@@ -270,6 +299,8 @@ class Vdsa:
             if self._provider is not None:
                 self._following.cancel()
             self._server.close()
+            for hub in self._hubs.values():
+                await hub.close()
             await asyncio.wait_for(self._vdsa.close(), 30.0)
 
         self._loop.call(stop())

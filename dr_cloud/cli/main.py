@@ -28,6 +28,7 @@ COMMANDS: Final = {
         "keyring",
         "logs",
         "profile",
+        "provider",
         "site",
         "tap",
         "task",

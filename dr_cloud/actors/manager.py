@@ -1,0 +1,345 @@
+"""The `CloudManager` actor: the manager, its tasks and the REST API in one process, so that they come back together.
+
+Start
+    The database is opened, what runs is found by name (connectors, VDSAs, stacks) and what is missing is started, the
+    tenants that were given are registered, then the API is served. All of it is safe to repeat.
+
+Enterprises with a manager of their own
+    In two of the architectures an `EnterpriseManager` per enterprise carries its control and is its door: one process
+    with the manager's code over the same database, bound to that enterprise's tasks and sites. The API's process then
+    passes calls on (`dr_cloud.actors.divided`).
+
+Crash recovery
+    Ray starts each again, with the same arguments; the API listens on the same port. Links and data paths go on
+    meanwhile; sites' calls wait or are made again.
+
+Files in the state folder
+    `provider.db` (unless another database is named), `ca/`, `keyring.json`, `ports.json`, `api-port`, `admin-token`
+    (mode 0600: the first administrator's, written once), `logs/`, `run/`, `work/`, `cache/`, `stores/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import ray
+import structlog
+from pydantic import BaseModel, ConfigDict
+
+from dr_cloud.actors.cluster import START_SECONDS
+from dr_cloud.actors.connector import Connector, Door
+from dr_cloud.actors.divided import DividedCloud, Key, carry_out
+from dr_cloud.actors.fabric import RayFabric, free_port
+from dr_cloud.actors.gate import Target
+from dr_cloud.actors.https import ApiServer, split_listen
+from dr_cloud.actors.logs import start_log
+from dr_cloud.actors.settings import MANAGER, ProviderSettings
+from dr_cloud.api.app import make_app
+from dr_cloud.manager.cloud import SYSTEM, Cloud
+from dr_cloud.manager.db import migrate, open_engine
+from dr_cloud.manager.registry import rebuild
+from dr_cloud.manager.tenancy import Database
+from dr_cloud.model.cloud import PAGE_LIMIT_MAX, PageRequest, TokenRequest
+from dr_cloud.model.errors import ConflictError, ForbiddenError, UnavailableError
+from dr_cloud.model.ids import Scope
+from dr_cloud.model.principal import Role
+from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig
+from dr_cloud.seal.authority import Authority
+from dr_cloud.seal.identity import replace_file
+from dr_cloud.seal.keyring import Keyring
+from dr_cloud.store.open import open_store
+
+_ADMIN_LIFETIME_SECONDS: Final = 365 * 86400
+_RETRY_SECONDS: Final = 1.0
+ADMIN_TOKEN: Final = "admin-token"
+_INBOUND: Final = frozenset(
+    {
+        "certificate_ok",
+        "host_orders",
+        "host_report",
+        "orders_for",
+        "renew",
+        "site_connected",
+        "site_lost",
+        "site_report",
+    }
+)
+"""What connectors and VDSAs may ask of the manager's operations."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Ready(BaseModel):
+    """Where a provider that is ready can be reached."""
+
+    model_config = ConfigDict(frozen=True)
+
+    provider: str
+    api: str
+    ca: str
+    """Path of the CA's certificate: what clients of the API trust."""
+    links: dict[str, str]
+    """Where the sites of each enterprise dial."""
+
+
+class Core:
+    """A manager in this process, over the provider's database: opened in the background, and tried until it is."""
+
+    def __init__(self, settings: ProviderSettings, owner: str, door: Any, idle_stacks: int) -> None:
+        """Prepare; `start` opens it.
+
+        Args:
+            settings: The provider.
+            owner: The enterprise whose manager it is; empty for the provider's.
+            door: The actor class of enterprises' doors.
+            idle_stacks: How many stack actors to keep at hand in each data center.
+        """
+        self._settings = settings
+        self._owner = owner
+        self._open = threading.Event()
+        self.problem: Exception | None = None
+        self.authority = Authority.open(settings.config.state / "ca", settings.config.name)
+        self.fabric = RayFabric(settings, door, lambda: self.cloud, idle_stacks, owner)
+        self._cloud: Cloud | None = None
+
+    @property
+    def cloud(self) -> Cloud:
+        """The manager. Raises `UnavailableError` before it is open."""
+        if self._cloud is None:
+            raise UnavailableError(f"the manager is not open yet: {self.problem or 'it starts'}", "Try again.")
+        return self._cloud
+
+    def open(self, api_url: str) -> Cloud:
+        """Open it, once. Raises `DrCloudError` or the database's error; may then be called again."""
+        if self._cloud is None:
+            config = self._settings.config
+            self._cloud = Cloud(
+                open_engine(config.database),
+                self.fabric,
+                authority=self.authority,
+                keyring=Keyring.open(config.state / "keyring.json"),
+                config=config,
+                store=open_store(registry_url(config)),
+                work_dir=config.state / "archives",
+                api_url=api_url,
+                clock_ns=time.time_ns,
+                answers_for=self._answers_for,
+            )
+        return self._cloud
+
+    def target(self, scope: Scope) -> Target:
+        """Return where the target of a scope is, ready to serve it."""
+        return self.fabric.target(self.cloud.route(scope))
+
+    def _answers_for(self, enterprise: str) -> bool:
+        return not self._settings.manager_per_enterprise or enterprise == self._owner
+
+    def until_done(self, step: Callable[[], None]) -> None:
+        """Take a step in a thread of its own, again and again until it succeeds."""
+
+        def run() -> None:
+            while True:
+                try:
+                    step()
+                except Exception as error:
+                    self.problem = error
+                    _log.exception("manager.not_open", owner=self._owner)
+                    time.sleep(_RETRY_SECONDS)
+                else:
+                    self.problem = None
+                    self._open.set()
+                    _log.info("manager.open", owner=self._owner)
+                    return
+
+        threading.Thread(target=run, name="start", daemon=True).start()
+
+    def wait_open(self, timeout_seconds: float) -> None:
+        """Wait until all steps have succeeded. Raises what stands in the way."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self._open.wait(0.1):
+            if self.problem is not None:
+                raise self.problem
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"the manager is not open after {timeout_seconds:g} s", "Look at its log.")
+
+    def close(self) -> None:
+        """End what runs by itself."""
+        if self._cloud is not None:
+            self._cloud.close()
+        self.fabric.close()
+
+
+def registry_url(config: ProviderConfig) -> str:
+    """Return the store in which the registry is kept: the first datastore of the first data center."""
+    return config.data_centers[0].datastores[0].store
+
+
+def rebuild_database(config: ProviderConfig) -> dict[str, int]:
+    """Fill the provider's empty database from the registry in the store; see `dr_cloud.manager.registry.rebuild`."""
+    engine = open_engine(config.database)
+    try:
+        migrate(engine)
+        return rebuild(Database(engine), open_store(registry_url(config)), Keyring.open(config.state / "keyring.json"))
+    finally:
+        engine.dispose()
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0)
+class CloudManager:
+    """The provider's manager and its API."""
+
+    def __init__(self, settings: ProviderSettings, tenants: Sequence[EnterpriseConfig]) -> None:
+        """Begin to open.
+
+        Args:
+            settings: The provider.
+            tenants: Enterprises to be registered if they are not.
+        """
+        settings.node.make_folders()
+        self._log_files = start_log(settings, MANAGER)
+        self._settings = settings
+        self._tenants = tenants
+        self._api: ApiServer | None = None
+        door = EnterpriseManager if settings.manager_per_enterprise else Connector
+        self._core = Core(settings, "", door, settings.config.idle_stacks)
+        self._core.until_done(self._start)
+
+    def _start(self) -> None:
+        core, config = self._core, self._settings.config
+        host, port = self._api_address()
+        first = core._cloud is None
+        cloud = core.open(f"https://{host}:{port}")
+        if first:
+            core.fabric.take_over()
+        self._register_tenants(cloud)
+        self._make_administrator(cloud)
+        for enterprise in self._enterprises(cloud):
+            cloud.connector_started(enterprise, core.fabric.start_connector(enterprise))
+        if self._api is None:
+            answering = DividedCloud(cloud, core.fabric.connector) if self._settings.manager_per_enterprise else cloud
+            credentials = core.authority.service_credentials("api", [host])
+            self._api = ApiServer(make_app(answering), host, port, credentials)  # type: ignore[arg-type]
+        cloud.start()
+        for center in config.data_centers:
+            for host_view in cloud.center_hosts(SYSTEM, center.name):
+                if host_view.vdsa not in ("removing", "not installed"):
+                    core.fabric.start_vdsa(center.name, host_view.name)
+        core.fabric.refill()
+
+    def _api_address(self) -> tuple[str, int]:
+        """Return where the API listens: once a free port was taken, always the same."""
+        host, port = split_listen(self._settings.config.api)
+        kept = self._settings.config.state / "api-port"
+        if port == 0:
+            if not kept.exists():
+                replace_file(kept, str(free_port(host)), 0o600)
+            port = int(kept.read_text())
+        return host, port
+
+    def _register_tenants(self, cloud: Cloud) -> None:
+        known = set(self._enterprises(cloud))
+        for tenant in self._tenants:
+            if tenant.name not in known:
+                with contextlib.suppress(ConflictError):
+                    cloud.register_enterprise(SYSTEM, tenant)
+
+    @staticmethod
+    def _enterprises(cloud: Cloud) -> list[str]:
+        names: list[str] = []
+        page = cloud.enterprises(SYSTEM, PageRequest(limit=PAGE_LIMIT_MAX))
+        while True:
+            names += [enterprise.name for enterprise in page.items]
+            if page.next_cursor is None:
+                return names
+            page = cloud.enterprises(SYSTEM, PageRequest(limit=PAGE_LIMIT_MAX, cursor=page.next_cursor))
+
+    def _make_administrator(self, cloud: Cloud) -> None:
+        """Make the first administrator's token, if nobody has any."""
+        path = self._settings.config.state / ADMIN_TOKEN
+        if not path.exists() and not cloud.tokens(SYSTEM, None, PageRequest(limit=1)).items:
+            request = TokenRequest(
+                name="first administrator", role=Role.PROVIDER_ADMIN, lifetime_seconds=_ADMIN_LIFETIME_SECONDS
+            )
+            replace_file(path, cloud.create_token(SYSTEM, request).secret + "\n", 0o600)
+
+    def ready(self) -> Ready:
+        """Wait until everything is open; return where it is. Raises what stands in the way."""
+        core, config = self._core, self._settings.config
+        core.wait_open(START_SECONDS)
+        links = {}
+        for enterprise in self._enterprises(core.cloud):
+            core.fabric.wait_connector(enterprise)
+            links[enterprise] = core.cloud.enterprise(SYSTEM, enterprise).link
+        host, port = self._api_address()
+        return Ready(
+            provider=config.name,
+            api=f"https://{host}:{port}",
+            ca=str(config.state / "ca" / "ca-cert.pem"),
+            links=links,
+        )
+
+    def certify(self, csr: str, service: str, hosts: list[str]) -> tuple[str, str]:
+        """Return a service's certificate and the CA's, both PEM."""
+        authority = self._core.authority
+        return authority.issue_service(csr, service, hosts).certificate, authority.certificate
+
+    def inbound(self, method: str, *arguments: Any) -> Any:
+        """Carry out what a connector or a VDSA asks."""
+        if method == "target":
+            return self._core.target(*arguments)
+        if method not in _INBOUND:
+            raise ForbiddenError(f"{method} is not for connectors and VDSAs")
+        return getattr(self._core.cloud, method)(*arguments)
+
+    def process(self) -> int:
+        """Return the process id."""
+        return os.getpid()
+
+    def stop(self) -> None:
+        """End the API and what runs by itself; the actor is of no use afterwards."""
+        if self._api is not None:
+            self._api.close()
+        self._core.close()
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0)
+class EnterpriseManager(Door):
+    """An enterprise's control in a process of its own, which is also its door."""
+
+    def __init__(self, settings: ProviderSettings, enterprise: str, port: int) -> None:
+        """Begin to open; see `Door`."""
+        self._log_files = start_log(settings, settings.connector_name(enterprise))
+        self._core = Core(settings, enterprise, EnterpriseManager, 0)
+        super().__init__(settings, enterprise, port, self._ask_core)
+        self._core.until_done(self._start)
+
+    def _start(self) -> None:
+        core = self._core
+        first = core._cloud is None
+        cloud = core.open(f"https://{self._settings.config.api}")
+        if first:
+            core.fabric.take_over()
+        cloud.start()
+
+    async def _ask_core(self, method: str, *arguments: Any) -> Any:
+        def carry_out() -> Any:
+            if method == "target":
+                return self._core.target(*arguments)
+            return getattr(self._core.cloud, method)(*arguments)
+
+        return await asyncio.to_thread(carry_out)
+
+    def call(self, name: str, arguments: Sequence[Any], named: dict[str, Any], key: Key | None) -> Any:
+        """Carry out a call of the API."""
+        return carry_out(self._core.cloud, name, arguments, named, key)
+
+    def stop(self) -> None:
+        """Close every link, and end what runs by itself; the actor is of no use afterwards."""
+        super().stop()
+        self._core.close()

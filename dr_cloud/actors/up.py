@@ -1,0 +1,116 @@
+"""`dr-cloud provider up` without its command line: starts a provider's actors, and ends them.
+
+Start
+    The state folder is locked, Ray is started or joined, and the manager's actor made; it does the rest by itself
+    (`dr_cloud.actors.manager`), also when Ray starts it again. Where a cluster is joined its actors may still run from
+    before: they are found by name and stay as they are.
+
+End
+    On SIGTERM every actor finishes what is under way and ends; then Ray, if it was started here. After kill -9 of this
+    process a Ray that was started here ends with it. The next start finds everything in the state folder and stores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import ray
+import structlog
+
+from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, Placement, ask, ask_again, start_ray
+from dr_cloud.actors.manager import ADMIN_TOKEN, CloudManager, Ready
+from dr_cloud.actors.settings import MANAGER, ProviderSettings
+from dr_cloud.model.errors import ConflictError, DrCloudError
+from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, load_yaml
+
+_READY_SECONDS: Final = 300.0
+
+_log = structlog.get_logger(__name__)
+
+
+@contextlib.contextmanager
+def locked(state: Path) -> Iterator[None]:
+    """Hold the state folder. Raises `ConflictError` if another process does, `DrCloudError` if it cannot be used."""
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DrCloudError(f"state folder {state} cannot be used: {error.strerror}", "Name another.") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConflictError(f"another process runs the provider of {state}", "Stop it first.") from None
+    else:
+        yield
+    finally:
+        os.close(fd)
+
+
+def tenants_of(config: ProviderConfig) -> list[EnterpriseConfig]:
+    """Read the enterprises that are registered at the start. Raises `DrCloudError` that names file and field."""
+    if config.tenants is None:
+        return []
+    return [load_yaml(path, EnterpriseConfig) for path in sorted(config.tenants.glob("*.yaml"))]
+
+
+class RunningProvider:
+    """A provider's actors."""
+
+    def __init__(self, config: ProviderConfig) -> None:
+        """Start everything; return when the API answers and every connector is open.
+
+        Args:
+            config: With absolute paths (`load_provider`).
+        """
+        tenants = tenants_of(config)
+        token = config.state / ADMIN_TOKEN
+        first = not token.exists()
+        self._own_ray = not ray.is_initialized() and config.ray == "local"
+        self._placement: Placement = start_ray(config.ray, config.name)
+        self.settings = ProviderSettings(config=config, placement=self._placement)
+        try:
+            CloudManager.options(**self._placement.options(MANAGER)).remote(  # type: ignore[attr-defined]
+                self.settings, tenants
+            )
+            self.ready: Ready = ask_again(
+                lambda: self._placement.find(MANAGER).ready.remote(), "the manager", _READY_SECONDS
+            )
+        except BaseException:
+            self.close()
+            raise
+
+        links = " ".join(f"{enterprise}={link}" for enterprise, link in sorted(self.ready.links.items()))
+        self.line = f"provider {config.name} ready: api {self.ready.api} ca {self.ready.ca} links {links}".rstrip()
+        """For people: every address, and at the first start where the first administrator's token lies."""
+        if first and token.exists():
+            self.line += f" administrator's token in {token}"
+
+    def actors(self) -> list[str]:
+        """Return the names of the actors that run."""
+        return self._placement.names()
+
+    def close(self) -> None:
+        """End every actor, and Ray if it was started here."""
+        with contextlib.suppress(DrCloudError):
+            ask(self._placement.find(MANAGER).stop.remote(), "the manager", START_SECONDS)
+        self._placement.end(MANAGER)
+        names = [name for name in self._placement.names() if name != MANAGER]
+        asked = []
+        for name in names:
+            if not name.startswith("stack/"):
+                with contextlib.suppress(DrCloudError):
+                    asked.append((name, self._placement.find(name).stop.remote()))
+        for name, reference in asked:
+            try:
+                ask(reference, name, UNHEARD_SECONDS)
+            except (DrCloudError, ray.exceptions.RayError) as error:
+                _log.warning("provider.not_stopped", actor=name, reason=str(error))
+        for name in names:
+            self._placement.end(name)
+        if self._own_ray:
+            ray.shutdown()

@@ -1,0 +1,251 @@
+"""A whole cloud as real processes: `provider up`, `site up`, taps; and guests whose every write is known.
+
+Each server has one disk, `root`. Its VPG carries its name and is replicated to one data center.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from e2e_world import MIB, Guest, Processes, make_disk, read_disk, wait_until
+
+from dr_cloud.actors.settings import load_provider
+from dr_cloud.actors.up import RunningProvider
+from dr_cloud.client.client import Client
+from dr_cloud.model.cloud import StopTest, TestsRequest
+from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.task import CompletionCode, Task
+from dr_cloud.model.vpg import VpgSettings
+
+DISK_BYTES = 4 * MIB
+CHECKPOINT_SECONDS = 0.5
+PROVIDER: dict[str, Any] = {
+    "name": "provider",
+    "state": "p",
+    "api": "127.0.0.1:0",
+    "link_ports": [0, 0],
+    "idle_stacks": 0,
+    "tenants": "tenants",
+    "data_centers": [
+        {
+            "name": "us-east",
+            "jurisdiction": "USA",
+            "datastores": [{"name": "ds-1", "store": "file://us-east/ds-1"}],
+            "hosts": [{"name": "h1", "datastores": ["ds-1"]}],
+        },
+        {
+            "name": "uk-south",
+            "jurisdiction": "UK",
+            "datastores": [{"name": "ds-1", "store": "file://uk-south/ds-1"}],
+            "hosts": [{"name": "h1", "datastores": ["ds-1"]}],
+        },
+    ],
+}
+TENANTS = {"acme": ("USA", "chicago"), "brit": ("UK", "leeds")}
+
+
+class Server:
+    """A protected server: its disk, its guest, and where it belongs."""
+
+    def __init__(self, folder: Path, enterprise: str, name: str, seed: int) -> None:
+        self.enterprise = enterprise
+        self.name = name
+        self.path = folder / f"{enterprise}-{name}.img"
+        base = make_disk(self.path, DISK_BYTES, [(0, MIB)], seed)
+        self.socket = folder / f"{enterprise}-{name}.nbd"
+        self.guest = Guest({"root": f"nbd+unix:///root?socket={self.socket}"}, {"root": base}, seed)
+        self.guest.pause_seconds = 0.005
+
+
+class CloudWorld(Processes):
+    """See the module's docstring. `folder` has a short path: sockets lie in it."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        super().__init__(folder, {"RAY_USAGE_STATS_ENABLED": "0"})
+        self.config = PROVIDER | config
+        self.servers: list[Server] = []
+        self.clients: dict[str, Client] = {}
+        self.line = ""
+        (folder / "tenants").mkdir()
+        for name, (jurisdiction, site) in TENANTS.items():
+            tenant = {
+                "name": name,
+                "jurisdiction": jurisdiction,
+                "sites": [{"name": site, "jurisdiction": jurisdiction}],
+            }
+            (folder / "tenants" / f"{name}.yaml").write_text(yaml.safe_dump(tenant))
+        (folder / "provider.yaml").write_text(yaml.safe_dump(self.config))
+
+    # The provider.
+
+    def start_provider(self) -> None:
+        """As a process of its own, with a Ray of its own."""
+        self.start("provider", "dr_cloud.cli.main", "provider", "up", "-c", str(self.folder / "provider.yaml"))
+        self.line = self.wait_ready("provider")
+
+    def start_provider_here(self) -> RunningProvider:
+        """On the Ray of this process; the caller closes it."""
+        provider = RunningProvider(load_provider(self.folder / "provider.yaml"))
+        self.line = provider.line
+        return provider
+
+    @property
+    def api(self) -> str:
+        found = re.search(r"https://\S+", self.line)
+        assert found is not None, self.line
+        return found[0]
+
+    def client(self, enterprise: str) -> Client:
+        """The provider's administrator, with one enterprise in mind."""
+        if enterprise not in self.clients:
+            ca = (self.folder / "p" / "ca" / "ca-cert.pem").read_text()
+            token = (self.folder / "p" / "admin-token").read_text().strip()
+            self.clients[enterprise] = Client(self.api, token, ca_pem=ca, enterprise=enterprise)
+        return self.clients[enterprise]
+
+    def done(self, enterprise: str, task: Task, seconds: float = 90) -> Task:
+        ended = self.client(enterprise).wait(task, seconds)
+        assert ended.completion is CompletionCode.SUCCESS, f"{ended}\n{self.said()}"
+        return ended
+
+    def actors(self, kind: str) -> list[int]:
+        """Return the processes of actors of one class: Ray names its processes so."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (folder / "cmdline").read_bytes().startswith(f"ray::{kind}".encode()) and self._mine(folder.name):
+                    found.append(int(folder.name))
+        return found
+
+    def _mine(self, pid: str) -> bool:
+        while pid not in ("0", "1"):
+            if int(pid) == self.running["provider"].pid:
+                return True
+            pid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        return False
+
+    def kill_actors(self, kind: str) -> None:
+        """Kill -9 every actor of one class."""
+        found = self.actors(kind)
+        assert found, kind
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+
+    # Sites.
+
+    def start_site(self, enterprise: str, again: bool = False) -> None:
+        site = TENANTS[enterprise][1]
+        path = self.folder / f"{site}.yaml"
+        if not again:
+            settings: dict[str, Any] = {
+                "state": f"s-{site}",
+                "token": self.client(enterprise).create_pairing(site).token,
+                "hosts": [{"name": "esx1", "listen": f"unix:{site}.vdsa"}],
+            }
+            path.write_text(yaml.safe_dump(settings))
+        self.start(site, "dr_cloud.cli.site_up", "-c", str(path))
+        self.wait_ready(site)
+
+    def add_server(self, enterprise: str, name: str) -> Server:
+        server = Server(self.folder, enterprise, name, seed=len(self.servers))
+        self.servers.append(server)
+        self.start_tap(server)
+        site = TENANTS[enterprise][1]
+        client = self.client(enterprise)
+        wait_until(lambda: name in [one.name for one in client.servers(site)], 30)
+        return server
+
+    def start_tap(self, server: Server) -> None:
+        name = f"tap-{server.enterprise}-{server.name}"
+        server.socket.unlink(missing_ok=True)
+        site = TENANTS[server.enterprise][1]
+        self.start(
+            name, "dr_cloud.cli.tap", "--server", server.name, "--disk", f"root={server.path}",
+            "--socket", str(server.socket), "--vdsa", f"{self.folder}/{site}.vdsa",
+            "--state", f"{self.folder}/{name}.state",
+        )  # fmt: skip
+        self.wait_ready(name)
+
+    def protect(self, server: Server, data_center: str) -> None:
+        settings = {
+            "name": server.name,
+            "source_site": TENANTS[server.enterprise][1],
+            "servers": [{"name": server.name}],
+            "targets": [{"name": "east", "site": data_center, "host": "h1", "datastore": "ds-1"}],
+            "checkpoint_seconds": CHECKPOINT_SECONDS,
+        }
+        client = self.client(server.enterprise)
+        self.done(server.enterprise, client.create_vpg(VpgSettings.model_validate(settings)))
+
+    # What came of it.
+
+    def newest_ns(self, server: Server) -> int:
+        with contextlib.suppress(DrCloudError):
+            found = [c for c in self.client(server.enterprise).checkpoints(server.name) if c.testable]
+            return max((checkpoint.time_ns for checkpoint in found), default=0)
+        return 0
+
+    def wait_newest(self, server: Server, after_ns: int | None = None, seconds: float = 90) -> int:
+        """Wait for a checkpoint that is later than `after_ns` (now); return its time."""
+        after_ns = time.time_ns() if after_ns is None else after_ns
+        try:
+            wait_until(lambda: self.newest_ns(server) > after_ns, seconds)
+        except AssertionError:
+            raise AssertionError(f"no checkpoint of {server.name} within {seconds} s\n{self.said()}") from None
+        return self.newest_ns(server)
+
+    def images(self, server: Server, times_ns: Sequence[int]) -> Mapping[int, bytes]:
+        """Recovery tests at these times, all at once: what their disks hold."""
+        client = self.client(server.enterprise)
+        task = self.done(server.enterprise, client.start_tests(server.name, TestsRequest(times_ns=sorted(times_ns))))
+        found = {}
+        tests = [test for test in client.tests(server.name) if test.task == task.id]
+        for test in tests:
+            assert test.status == "running", test
+            assert test.at_ns is not None
+            (uris,) = test.uris.values()
+            found[test.at_ns] = read_disk(uris[0])
+        for test in tests:
+            self.done(server.enterprise, client.stop_test(test.id, StopTest(verdict="passed")))
+        return found
+
+    def check(self, server: Server, times: int = 3) -> None:
+        """Stop the guest: nothing failed; the newest image is the disk, and others are what was written by then."""
+        guest = server.guest
+        guest.stop()
+        assert guest.failures == []
+        newest_ns = self.wait_newest(server)
+        wanted = [newest_ns, *guest.random_times(times)]
+        images = self.images(server, wanted)
+        assert images[newest_ns] == server.path.read_bytes()
+        for at_ns, image in images.items():
+            guest.check({"root": image}, at_ns)
+
+    def said(self) -> str:
+        """The end of everything that was logged."""
+        logs = [self.folder / f"{name}.log" for name in self.running]
+        logs += sorted((self.folder / "p" / "logs").glob("*/log.jsonl"))
+        return "\n".join(f"--- {path}\n{path.read_text()[-2500:]}" for path in logs if path.exists())
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.guest.may_break = True
+            server.guest.stop()
+        for client in self.clients.values():
+            client.close()
+        if "provider" in self.running:
+            self.running["provider"].terminate()
+            with contextlib.suppress(Exception):
+                self.running["provider"].wait(60)
+        self.end()
+        if sys.exc_info()[0] is not None:
+            print(self.said())
