@@ -1,4 +1,8 @@
-"""A tap against a model VDSA that loses everything not yet durable: no block differs at the target without its bit."""
+"""A tap against model VDSAs that lose everything not yet durable: no block differs at a target without its bit.
+
+Two copies, each with a target of its own that connects, breaks, asks and calls durable as it likes; disks that come,
+go, grow and shrink while guests write; a tap that is killed at any of these points.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dr_cloud.model.blocks import BLOCK_SIZE, blocks_of
 from dr_cloud.nbd.export import Buffer, Extent
 from dr_cloud.tap import wire
-from dr_cloud.tap.bitmap import IntentBitmap
+from dr_cloud.tap.bitmap import copy_path, open_bitmaps
 from dr_cloud.tap.bits import DiskBits
+from dr_cloud.tap.copy import Copy, State, Watch
 from dr_cloud.tap.disk import FileDisk
 from dr_cloud.tap.export import TapExport
-from dr_cloud.tap.tap import State, Tap, Watch
+from dr_cloud.tap.tap import Tap
 
 SECTOR = 512
-FILE_SIZE = 21 * BLOCK_SIZE + 3 * SECTOR
+FILE_SECTORS = 21 * 8 + 3
 SLOW_SIZE = 16 * BLOCK_SIZE
+COPIES = 2
 QUEUE_BYTES_MAX = 24 * BLOCK_SIZE
 
 
@@ -73,10 +79,10 @@ class SlowDisk:
 
 
 class Vdsa:
-    """Applies the feed. What is not yet called durable is gone when the connection is."""
+    """Applies the feed of one copy. What is not yet called durable is gone when the connection is."""
 
-    def __init__(self, sizes: dict[int, int]) -> None:
-        self.durable = {disk: bytearray(blocks_of(size) * BLOCK_SIZE) for disk, size in sizes.items()}
+    def __init__(self) -> None:
+        self.durable: dict[int, bytearray] = {}
         self.taken: list[tuple[int, int, int, bytes]] = []
         self.newest = 0
         self.syncing = False
@@ -103,15 +109,25 @@ class Vdsa:
                 self.syncing = True
             elif kind == wire.SYNC_END:
                 self.syncing = False
-            elif kind == wire.MARKED:
+            elif kind in (wire.MARKED, wire.HELD, wire.RELEASED):
                 assert time_ns >= self.last_time_ns
                 assert sequence >= self.last_sequence
                 self.last_time_ns = time_ns
-                self.marked.append(mark)
+                if kind == wire.MARKED:
+                    self.marked.append(mark)
             elif kind == wire.HELLO:
-                assert wire.Hello.model_validate(json.loads(body)).sequence == sequence
+                self.greet(wire.Hello.model_validate(json.loads(body)), sequence)
             self.last_sequence = max(self.last_sequence, sequence)
             self.newest = self.last_sequence
+
+    def greet(self, hello: wire.Hello, sequence: int) -> None:
+        """Have the disks that the tap has: a new one empty, one that has another size cut or filled up."""
+        assert hello.sequence == sequence
+        found = {}
+        for disk in hello.disks:
+            length = blocks_of(disk.size_bytes) * BLOCK_SIZE
+            found[disk.index] = bytearray(self.durable.get(disk.index, b"")[:length].ljust(length, b"\0"))
+        self.durable = found
 
     def make_durable(self, sequence: int) -> None:
         while self.taken and self.taken[0][0] <= sequence:
@@ -124,31 +140,84 @@ class Vdsa:
         self.syncing = False
 
 
+class Half:
+    """One copy, its VDSA, and the synchronisation under way."""
+
+    def __init__(self, copy: Copy, vdsa: Vdsa) -> None:
+        self.copy = copy
+        self.vdsa = vdsa
+        self.piece: tuple[Watch, memoryview] | None = None
+        self.runs: list[tuple[DiskBits, int, int]] = []
+        self.dirty_at_begin: set[tuple[int, int]] = set()
+
+    def dirty(self) -> set[tuple[int, int]]:
+        return {
+            (bits.disk.index, block)
+            for bits in self.copy.bitmap.disks
+            for block in range(blocks_of(bits.disk.size_bytes))
+            if bits.test(block)
+        }
+
+    def deliver(self) -> None:
+        while (batch := self.copy.take()) is not None:
+            self.vdsa.take(batch)
+
+    def cut(self) -> None:
+        if self.copy.state is not State.CONNECTING:
+            self.copy.lost()
+        self.vdsa.lose()
+
+
+HALF = st.integers(0, COPIES - 1)
+QUESTIONS = st.sampled_from(["mark", "hold", "release", "order"])
+MEMORY = Path("/dev/shm")
+"""Where it is there, nothing waits for a disk."""
+
+
 class TapMachine(RuleBasedStateMachine):
-    """Guest writes of any alignment, trims, failures, floods, cuts, crashes, synchronisations step by step."""
+    """Guest writes of any alignment, trims, failures, floods, cuts, crashes, barriers, synchronisations, new disks."""
 
     @initialize()
     def begin(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.folder = Path(tempfile.mkdtemp(prefix="tap-model-"))
-        self.file_path = self.folder / "disk"
-        self.file_path.write_bytes(bytes(range(256)) * (FILE_SIZE // 256))
-        self.files = [FileDisk(self.file_path)]
+        self.folder = Path(tempfile.mkdtemp(prefix="tap-model-", dir=MEMORY if MEMORY.is_dir() else None))
+        self.sectors = {"file": FILE_SECTORS}
+        self.files: dict[str, FileDisk] = {}
         self.slow = SlowDisk()
         self.now_ns = 1000
         self.opened = 0
+        self.given = 0
+        """Disks made so far."""
         self.tasks: list[asyncio.Task[None]] = []
-        self.open_tap(self.folder / "state0")
-        self.vdsa = Vdsa({bits.disk.index: bits.disk.size_bytes for bits in self.bitmap.disks})
+        self.make("file")
+        self.open_tap(self.folder / "state0", [Vdsa() for _ in range(COPIES)])
 
-    def open_tap(self, state: Path) -> None:
-        self.bitmap = IntentBitmap(state, [("file", FILE_SIZE), ("slow", SLOW_SIZE)], boot=b"b" * 16)
-        self.tap = Tap(self.bitmap, QUEUE_BYTES_MAX, clock=lambda: self.now_ns)
-        disks = (self.files[-1], self.slow)
-        self.exports = [TapExport(self.tap, bits, disk) for bits, disk in zip(self.bitmap.disks, disks, strict=True)]
-        self.piece: tuple[Watch, memoryview] | None = None
-        self.runs: list[tuple[DiskBits, int, int]] = []
-        self.dirty_at_begin: set[tuple[int, int]] = set()
+    def make(self, name: str) -> None:
+        """Make a file and open it."""
+        path = self.folder / name
+        path.write_bytes((bytes(range(256)) * self.sectors[name] * 2)[: self.sectors[name] * SECTOR])
+        self.files[name] = FileDisk(path)
+
+    def wanted(self) -> list[tuple[str, int]]:
+        return [*[(name, sectors * SECTOR) for name, sectors in self.sectors.items()], ("slow", SLOW_SIZE)]
+
+    def open_tap(self, state: Path, vdsas: Sequence[Vdsa]) -> None:
+        bitmaps = open_bitmaps(state, self.wanted(), COPIES, boot=b"b" * 16)
+        self.tap = Tap("db", bitmaps, QUEUE_BYTES_MAX, now=self.tick, monotonic=self.tick)
+        self.halves = [Half(copy, vdsa) for copy, vdsa in zip(self.tap.copies, vdsas, strict=True)]
+        self.exports: dict[str, TapExport] = {}
+        self.export()
+
+    def tick(self) -> int:
+        """The clock moves on when it is read, so that every wait has an end."""
+        self.now_ns += 1
+        return self.now_ns
+
+    def export(self) -> None:
+        for entry in self.tap.disks:
+            name = entry.disk.name
+            if name not in self.exports:
+                self.exports[name] = TapExport(self.tap, entry, self.files.get(name, self.slow))
 
     def teardown(self) -> None:
         if not hasattr(self, "loop"):
@@ -156,7 +225,8 @@ class TapMachine(RuleBasedStateMachine):
         for task in self.tasks:
             task.cancel()
         self.turn()
-        self.loop.run_until_complete(self.files[0].close())
+        for disk in self.files.values():
+            self.loop.run_until_complete(disk.close())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
         shutil.rmtree(self.folder)
@@ -168,16 +238,8 @@ class TapMachine(RuleBasedStateMachine):
 
         self.loop.run_until_complete(turns())
 
-    def contents(self) -> list[bytes]:
-        return [self.file_path.read_bytes(), bytes(self.slow.content)]
-
-    def dirty(self) -> set[tuple[int, int]]:
-        return {
-            (bits.disk.index, block)
-            for bits in self.bitmap.disks
-            for block in range(blocks_of(bits.disk.size_bytes))
-            if bits.test(block)
-        }
+    def content(self, name: str) -> bytes:
+        return bytes(self.slow.content) if name == "slow" else (self.folder / name).read_bytes()
 
     # The guest.
 
@@ -186,22 +248,30 @@ class TapMachine(RuleBasedStateMachine):
         count = data.draw(st.integers(1, min(size // SECTOR - offset, 40)))
         return offset * SECTOR, count * SECTOR
 
+    def write(self, name: str, offset: int, content: bytes) -> None:
+        done = self.exports[name].pwrite(offset, memoryview(content), False)
+        assert (done is not None) == self.tap.gate.shut
+        if done is not None:
+            done.close()
+        assert self.content(name)[offset : offset + len(content)] == content
+
     @rule(data=st.data(), fill=st.integers(0, 255), step=st.integers(0, 2))
     def write_file(self, data: st.DataObject, fill: int, step: int) -> None:
-        offset, length = self.place(data, FILE_SIZE)
+        name = data.draw(st.sampled_from(sorted(self.sectors)))
+        offset, length = self.place(data, self.sectors[name] * SECTOR)
         self.now_ns += step
-        assert self.exports[0].pwrite(offset, memoryview(bytes([fill]) * length), False) is None
-        assert self.file_path.read_bytes()[offset : offset + length] == bytes([fill]) * length
+        self.write(name, offset, bytes([fill]) * length)
 
-    @rule(block=st.integers(0, 20), fill=st.integers(0, 255))
+    @rule(block=st.integers(0, 5), fill=st.integers(0, 255))
     def write_block(self, block: int, fill: int) -> None:
-        self.exports[0].pwrite(block * BLOCK_SIZE, memoryview(bytes([fill]) * BLOCK_SIZE), False)
+        self.write("file", block * BLOCK_SIZE, bytes([fill]) * BLOCK_SIZE)
 
     @rule(data=st.data(), fua=st.booleans())
     def trim_file(self, data: st.DataObject, fua: bool) -> None:
-        offset, length = self.place(data, FILE_SIZE)
-        self.loop.run_until_complete(self.exports[0].trim(offset, length, fua))
-        assert not any(self.file_path.read_bytes()[offset : offset + length])
+        self.now_ns += wire.HOLD_NS_MAX
+        offset, length = self.place(data, self.sectors["file"] * SECTOR)
+        self.loop.run_until_complete(self.exports["file"].trim(offset, length, fua))
+        assert not any(self.content("file")[offset : offset + length])
 
     @rule(data=st.data(), fill=st.integers(0, 255), zero=st.booleans())
     def write_slow(self, data: st.DataObject, fill: int, zero: bool) -> None:
@@ -210,9 +280,9 @@ class TapMachine(RuleBasedStateMachine):
         async def write() -> None:
             try:
                 if zero:
-                    await self.exports[1].write_zeroes(offset, length, False, True)
+                    await self.exports["slow"].write_zeroes(offset, length, False, True)
                 else:
-                    done = self.exports[1].pwrite(offset, memoryview(bytes([fill]) * length), False)
+                    done = self.exports["slow"].pwrite(offset, memoryview(bytes([fill]) * length), False)
                     assert done is not None
                     await done
             except OSError as error:
@@ -227,173 +297,256 @@ class TapMachine(RuleBasedStateMachine):
         self.slow.land(data.draw(st.integers(0, len(self.slow.waiting) - 1)), fails and data.draw(st.booleans()))
         self.turn()
 
-    # The connection and the VDSA.
+    # The connections and the VDSAs.
 
-    @precondition(lambda self: self.tap.state is State.CONNECTING)
-    @rule()
-    def connect(self) -> None:
-        self.tap.connected()
+    @rule(at=HALF)
+    def connect(self, at: int) -> None:
+        if self.halves[at].copy.state is State.CONNECTING:
+            self.halves[at].copy.connected()
 
-    @precondition(lambda self: self.tap.state is not State.CONNECTING)
-    @rule()
-    def cut(self) -> None:
-        self.tap.lost()
-        self.vdsa.lose()
+    @rule(at=HALF)
+    def cut(self, at: int) -> None:
+        self.halves[at].cut()
 
-    @precondition(lambda self: self.tap.state is not State.CONNECTING)
-    @rule()
-    def resync(self) -> None:
+    @rule(at=HALF)
+    def resync(self, at: int) -> None:
         """R1: the VDSA lost what was on its way and says so."""
-        self.vdsa.lose()
-        self.tap.drop("asked for")
+        half = self.halves[at]
+        if half.copy.state is not State.CONNECTING:
+            half.vdsa.lose()
+            half.copy.drop("asked for")
 
-    @rule()
-    def deliver(self) -> None:
-        if (batch := self.tap.take()) is not None:
-            self.vdsa.take(batch)
+    @rule(at=HALF)
+    def deliver(self, at: int) -> None:
+        half = self.halves[at]
+        if (batch := half.copy.take()) is not None:
+            half.vdsa.take(batch)
 
-    @precondition(lambda self: self.tap.state is not State.CONNECTING)
-    @rule(share=st.floats(0, 1))
-    def say_durable(self, share: float) -> None:
-        sequences = [record[0] for record in self.vdsa.taken]
-        sequence = sequences[int(share * (len(sequences) - 1))] if sequences else self.vdsa.newest
-        self.vdsa.make_durable(sequence)
-        self.tap.durable(sequence)
+    @rule(at=HALF, share=st.floats(0, 1))
+    def say_durable(self, at: int, share: float) -> None:
+        half = self.halves[at]
+        if half.copy.state is not State.CONNECTING:
+            sequences = [record[0] for record in half.vdsa.taken]
+            sequence = sequences[int(share * (len(sequences) - 1))] if sequences else half.vdsa.newest
+            half.vdsa.make_durable(sequence)
+            half.copy.durable(sequence)
 
-    @precondition(lambda self: self.tap.state is not State.CONNECTING)
-    @rule(mark=st.integers(1, 100))
-    def mark(self, mark: int) -> None:
-        self.tap.mark(mark)
+    @rule(
+        at=HALF,
+        number=st.integers(1, 3),
+        kind=st.sampled_from(["mark", "hold", "release", "order"]),
+        ns=st.integers(0, 9),
+    )
+    def ask(self, at: int, number: int, kind: str, ns: int) -> None:
+        copy = self.halves[at].copy
+        if copy.state is State.CONNECTING:
+            return
+        if kind == "mark":
+            copy.mark(number)
+        elif kind == "hold":
+            copy.hold(number, self.tap.clock.time_ns + ns - 1)
+        elif kind == "release":
+            copy.release(number)
+        else:
+            copy.order(max(0, ns - 7))
 
-    # A synchronisation, step by step.
+    # Synchronisations, step by step.
 
-    @precondition(lambda self: self.tap.state is State.TRACKING and not self.tap.queued_bytes)
-    @rule()
-    def begin_sync(self) -> None:
-        self.vdsa.synced.clear()
-        self.dirty_at_begin = self.dirty()
-        self.piece = None
-        self.runs = list(self.tap.sync_runs()) if self.tap.begin_sync() else []
+    def begin_sync(self, half: Half) -> None:
+        if half.copy.state is State.TRACKING and not half.copy.queued_bytes:
+            half.vdsa.synced.clear()
+            half.dirty_at_begin = half.dirty()
+            half.piece = None
+            half.runs = list(half.copy.sync_runs()) if half.copy.begin_sync() else []
 
-    @precondition(lambda self: self.tap.state is State.SYNCING and self.runs and self.piece is None)
-    @rule(count=st.integers(1, 9))
-    def read_piece(self, count: int) -> None:
-        bits, first, stop = self.runs.pop(0)
-        count = min(count, stop - first)
-        if first + count < stop:
-            self.runs.insert(0, (bits, first + count, stop))
-        content = self.contents()[bits.disk.index]
-        part = content[first * BLOCK_SIZE : (first + count) * BLOCK_SIZE]
-        self.piece = (self.tap.watch(bits, first, count), memoryview(part.ljust(count * BLOCK_SIZE, b"\0")))
+    def sync_step(self, half: Half, count: int) -> None:
+        if half.copy.state is not State.SYNCING:
+            return
+        if half.piece is not None:
+            (watch, data), half.piece = half.piece, None
+            half.copy.send_sync(watch, data if any(data) else None)
+        elif half.runs:
+            bits, first, stop = half.runs.pop(0)
+            count = min(count, stop - first)
+            if first + count < stop:
+                half.runs.insert(0, (bits, first + count, stop))
+            part = self.content(bits.disk.name)[first * BLOCK_SIZE : (first + count) * BLOCK_SIZE]
+            half.piece = (half.copy.watch(bits, first, count), memoryview(part.ljust(count * BLOCK_SIZE, b"\0")))
+        else:
+            half.copy.end_sync()
 
-    @precondition(lambda self: self.tap.state is State.SYNCING and self.piece is not None)
-    @rule()
-    def send_piece(self) -> None:
-        watch, data = self.piece
-        self.piece = None
-        self.tap.send_sync(watch, data if any(data) else None)
+    @rule(at=HALF, count=st.integers(1, 9))
+    def synchronise(self, at: int, count: int) -> None:
+        self.begin_sync(self.halves[at])
+        self.sync_step(self.halves[at], count)
 
-    @precondition(lambda self: self.tap.state is State.SYNCING and not self.runs and self.piece is None)
-    @rule()
-    def end_sync(self) -> None:
-        self.tap.end_sync()
-
-    @rule(pieces=st.integers(0, 6))
-    def advance(self, pieces: int) -> None:
+    @rule(at=HALF, pieces=st.integers(0, 6))
+    def advance(self, at: int, pieces: int) -> None:
         """Go some way towards streaming, which single rules in a row rarely do."""
-        if self.tap.state is State.CONNECTING:
-            self.connect()
-        self.deliver_all()
-        if self.tap.state is State.TRACKING:
-            self.begin_sync()
+        half = self.halves[at]
+        self.connect(at)
+        half.deliver()
+        self.begin_sync(half)
         for _ in range(pieces):
-            self.sync_step(9)
-        self.deliver_all()
+            self.sync_step(half, 9)
+        half.deliver()
 
-    def sync_step(self, count: int) -> None:
-        if self.tap.state is State.SYNCING:
-            if self.piece is not None:
-                self.send_piece()
-            elif self.runs:
-                self.read_piece(count)
+    # Disks that change.
+
+    def alter(self, data: st.DataObject) -> set[str]:
+        """Let disks come, go, or have another size; return the names of those that are no longer the same."""
+        name = data.draw(st.sampled_from(["file", "more", "other"]))
+        known = name in self.sectors
+        sectors = data.draw(st.integers(6 * 8, FILE_SECTORS + 20))
+        if known and name != "file" and data.draw(st.booleans()):
+            del self.sectors[name]
+            self.exports.pop(name, None)
+            self.loop.run_until_complete(self.files.pop(name).close())
+            if data.draw(st.booleans()):
+                # Another disk under the same name.
+                self.sectors[name] = sectors
+                self.make(name)
+            return {name}
+        self.sectors[name] = sectors
+        if known:
+            with (self.folder / name).open("r+b") as file:
+                file.truncate(sectors * SECTOR)
+        else:
+            self.make(name)
+        return set()
+
+    def resize(self) -> None:
+        for name, sectors in self.sectors.items():
+            self.files[name].size_bytes = sectors * SECTOR
+            if name in self.exports:
+                self.exports[name].size_bytes = sectors * SECTOR
+
+    @rule(data=st.data(), ends=st.sampled_from(["switched", "given up", "killed before", "killed after"]))
+    def change_disks(self, data: st.DataObject, ends: str) -> None:
+        """R5, invariant 2: the bitmaps move while guests write; the tap may be killed in between."""
+        for half in self.halves:
+            half.cut()
+        before = dict(self.sectors)
+        anew = self.alter(data)
+        smaller = any(self.sectors.get(name, 0) < sectors for name, sectors in before.items())
+        if ends == "given up" and (smaller or anew):
+            ends = "switched"
+        bitmaps = [half.copy.bitmap for half in self.halves]
+        for bitmap in bitmaps:
+            for bits in bitmap.disks:
+                bits.begin_move()
+        besides = []
+        for bitmap in bitmaps:
+            self.write_some(data, before)
+            besides.append(bitmap.prepare(self.wanted(), anew, besides[0] if besides else None))
+        self.write_some(data, before)
+        if ends == "given up":
+            for bitmap, beside in zip(bitmaps, besides, strict=True):
+                bitmap.give_up(beside)
+            ends = "killed before"
+        if ends == "killed before":
+            if anew & self.sectors.keys():
+                # A file that is made before the name is free would pass for the disk that has it.
+                ends = "switched"
             else:
-                self.end_sync()
+                self.restart()
+                return
+        for bitmap, beside in zip(bitmaps, besides, strict=True):
+            bitmap.switch(beside)
+        self.tap.rebuild()
+        self.resize()
+        self.export()
+        self.write_some(data, self.sectors)
+        if ends == "killed after":
+            self.restart()
+
+    def write_some(self, data: st.DataObject, sectors: dict[str, int]) -> None:
+        """Guests write to disks that stay; the export of one that shrinks is closed meanwhile."""
+        for name in sorted(self.sectors.keys() & sectors.keys() & self.exports.keys()):
+            end = sectors[name]
+            if end <= self.sectors[name] and data.draw(st.booleans()):
+                at = data.draw(st.integers(0, end - 1))
+                self.write(name, at * SECTOR, bytes([data.draw(st.integers(0, 255))]) * SECTOR)
 
     # Crashes.
 
-    @rule(reached=st.booleans())
-    def crash(self, reached: bool) -> None:
-        """The tap is killed; writes under way reach the disk or do not."""
-        self.opened += 1
-        state = self.folder / f"state{self.opened}"
-        shutil.copyfile(self.folder / f"state{self.opened - 1}", state)
-        before = self.dirty()
-        sequence, time_ns = self.tap.sequence, self.tap.time_ns
-        self.bitmap.abandon()
+    def restart(self) -> None:
+        """Kill the tap and start another from what its files hold."""
+        for half in self.halves:
+            half.copy.bitmap.abandon()
+            half.cut()
         for task in self.tasks:
             task.cancel()
         self.turn()
         self.tasks.clear()
+        old, self.opened = self.opened, self.opened + 1
+        state = self.folder / f"state{self.opened}"
+        for number in range(COPIES):
+            shutil.copyfile(copy_path(self.folder / f"state{old}", number), copy_path(state, number))
+        self.slow.waiting.clear()
+        self.resize()
+        self.open_tap(state, [half.vdsa for half in self.halves])
+
+    @rule(reached=st.booleans())
+    def crash(self, reached: bool) -> None:
+        """The tap is killed; writes under way reach the disk or do not."""
+        before = [half.dirty() for half in self.halves]
+        sequence, time_ns = self.tap.clock.sequence, self.tap.clock.time_ns
         for offset, data, _ in self.slow.waiting if reached else ():
             self.slow.content[offset : offset + len(data)] = data
-        self.slow.waiting.clear()
-        self.vdsa.lose()
-        self.open_tap(state)
-        assert self.dirty() == before
-        assert self.tap.sequence >= sequence
-        assert self.tap.time_ns >= time_ns
+        self.restart()
+        assert [half.dirty() for half in self.halves] == before
+        assert self.tap.clock.sequence >= sequence
+        assert self.tap.clock.time_ns >= time_ns
 
     @precondition(lambda self: not self.slow.waiting)
-    @rule()
-    def settle(self) -> None:
+    @rule(at=HALF)
+    def settle(self, at: int) -> None:
         """R1, invariant 2: once all is sent and durable, the replica is the disk and nothing is dirty."""
-        if self.tap.state is State.CONNECTING:
-            self.connect()
+        half = self.halves[at]
+        self.connect(at)
         for _ in range(3):
-            self.deliver_all()
-            if self.tap.state is State.TRACKING:
-                self.begin_sync()
-            while self.tap.state is State.SYNCING:
-                self.sync_step(9)
-                self.deliver_all()
-        assert self.tap.state is State.STREAMING
-        self.vdsa.make_durable(self.vdsa.newest)
-        self.tap.durable(self.vdsa.newest)
-        for bits, content in zip(self.bitmap.disks, self.contents(), strict=True):
-            assert bytes(self.vdsa.durable[bits.disk.index][: len(content)]) == content
-        assert not self.dirty()
-        assert not self.bitmap.dirty
-        assert self.bitmap.dirty_blocks() == 0
-        self.tap.mark(7)
-        self.deliver_all()
-        assert self.vdsa.marked[-1] == 7
-
-    def deliver_all(self) -> None:
-        while (batch := self.tap.take()) is not None:
-            self.vdsa.take(batch)
+            half.deliver()
+            self.begin_sync(half)
+            while half.copy.state is State.SYNCING:
+                self.sync_step(half, 9)
+                half.deliver()
+        assert half.copy.state is State.STREAMING
+        half.vdsa.make_durable(half.vdsa.newest)
+        half.copy.durable(half.vdsa.newest)
+        for entry in self.tap.disks:
+            content = self.content(entry.disk.name)
+            assert bytes(half.vdsa.durable[entry.index][: len(content)]) == content
+        assert not half.dirty()
+        assert not half.copy.bitmap.dirty
+        assert half.copy.bitmap.dirty_blocks() == 0
+        half.copy.mark(7)
+        half.deliver()
+        assert half.vdsa.marked[-1] == 7
 
     # What always holds.
 
     @invariant()
     def no_silent_difference(self) -> None:
-        """Invariant 2: a block that differs from what is durable at the target has its bit set."""
-        if not hasattr(self, "tap"):
-            return
-        dirty = self.dirty()
-        assert self.bitmap.dirty_blocks() == len(dirty)
-        for bits, content in zip(self.bitmap.disks, self.contents(), strict=True):
-            replica = self.vdsa.durable[bits.disk.index]
-            for block in range(blocks_of(bits.disk.size_bytes)):
-                if (bits.disk.index, block) not in dirty:
-                    part = slice(block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, len(content)))
-                    assert replica[part] == content[part], (bits.disk.name, block)
+        """Invariant 2: a block that differs from what is durable at a target has its bit set for that target."""
+        for half in getattr(self, "halves", ()):
+            dirty = half.dirty()
+            assert half.copy.bitmap.dirty_blocks() == len(dirty)
+            for entry in self.tap.disks:
+                content = self.content(entry.disk.name)
+                assert len(content) == entry.disk.size_bytes
+                replica = half.vdsa.durable.get(entry.index, b"")
+                for block in range(blocks_of(len(content))):
+                    if (entry.index, block) not in dirty:
+                        part = slice(block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, len(content)))
+                        assert replica[part] == content[part], (half.copy.number, entry.disk.name, block)
 
     @invariant()
     def bounded_and_only_dirty(self) -> None:
         """Memory is bounded, and a synchronisation sends only blocks whose bit was set."""
-        if hasattr(self, "tap"):
-            assert self.tap.queued_bytes <= QUEUE_BYTES_MAX
-            assert self.vdsa.synced <= self.dirty_at_begin
+        for half in getattr(self, "halves", ()):
+            assert half.copy.queued_bytes <= QUEUE_BYTES_MAX
+            assert half.vdsa.synced <= half.dirty_at_begin
 
 
 TestTapMachine = TapMachine.TestCase
