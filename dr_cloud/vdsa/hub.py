@@ -290,7 +290,7 @@ class SourceHub:
     def _match(self, port: TapConnection) -> None:
         """Hand a tap that waits to the source that wants it."""
         hello = port.hello
-        if hello is None or port.number in self._attached:
+        if hello is None or port.closed or port.number in self._attached:
             return
         known = self._by_copy.get((hello.server, hello.copy_number))
         if known is None or known.source is None or not self._speaks(port, hello):

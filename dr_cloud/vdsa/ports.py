@@ -42,6 +42,7 @@ class TapConnection(asyncio.BufferedProtocol):
         number: Unique in the hub.
         host: Where the tap is: told by where it was listened for.
         begun: Event loop time of its beginning.
+        closed: Whether it has ended, or is about to.
     """
 
     def __init__(self, owner: PortOwner, number: int, host: str) -> None:
@@ -52,7 +53,7 @@ class TapConnection(asyncio.BufferedProtocol):
         self._parser = FeedParser()
         self._transport: asyncio.Transport | None = None
         self._reading = True
-        self._closed = False
+        self.closed = False
 
     @property
     def hello(self) -> wire.Hello | None:
@@ -88,7 +89,7 @@ class TapConnection(asyncio.BufferedProtocol):
 
     def _go_on(self) -> None:
         # What came together with HELLO.
-        if not self._closed:
+        if not self.closed:
             self.buffer_updated(0)
 
     def send(self, data: bytes) -> None:
@@ -114,13 +115,13 @@ class TapConnection(asyncio.BufferedProtocol):
 
     def abort(self, reason: str) -> None:
         """Close at once."""
-        if self._closed or self._transport is None:
+        if self.closed or self._transport is None:
             return
-        self._closed = True
+        self.closed = True
         _log.info("vdsa.tap_closed", host=self.host, server=self.hello and self.hello.server, reason=reason)
         self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
-        self._closed = True
+        self.closed = True
         self._owner.tap_lost(self)

@@ -172,6 +172,8 @@ class SourceCore:
     def send_everything(self) -> list[Action]:
         """Have the taps send every block again."""
         self._taps.ask_everything(self._now_ns)
+        if self._generation is not None:
+            self._list_taps()
         return self._finish()
 
     def _finish(self) -> list[Action]:

@@ -12,7 +12,8 @@ takes the place of the old one, which is forgotten.
 
 A tap's bitmap says what is missing in the journal for which its bits were cleared, and in no other. Whoever comes with
 bits that rest on more than this journal holds of it (the server, the disk or the copy was somewhere else meanwhile, or
-the journal was lost) is told to send its disks whole.
+the journal was lost) is told to send its disks whole. Until the MARK after that is answered, the tap counts as gone in
+what the journal keeps: should the word be lost with a connection or with this source, it is given again.
 """
 
 from __future__ import annotations
@@ -86,6 +87,9 @@ class TapState:
     """Ascending (time, sequence): every write up to that sequence has at most that time."""
     cut_sequence: int | None = None
     durable: int = 0
+    """The greatest sequence that was ever called durable to it."""
+    asked_whole: set[int] = field(default_factory=set)
+    """Disks that it was asked to send whole; it may not know yet."""
 
     @property
     def id(self) -> str:
@@ -221,8 +225,9 @@ class TapBook:
         asked = [
             own
             for own, disk in tap.announced.disks.items()
-            if elsewhere or (tap.durable and disk.index not in self._journal_disks)
+            if elsewhere or disk.index in tap.asked_whole or (tap.durable and disk.index not in self._journal_disks)
         ]
+        tap.asked_whole = {tap.announced.disks[own].index for own in asked}
         if tap.connection is not None:
             for own in asked:
                 data = wire.HEAD.pack(wire.RESYNC, wire.FLAG_WHOLE, own, 0, 0, 0, 0, 0)
@@ -294,6 +299,8 @@ class TapBook:
 
     def _answered(self, tap: TapState, record: Record) -> None:
         tap.marked = record.id
+        if record.id >= tap.proof:
+            tap.asked_whole.clear()
         tap.answer_ns = record.time_ns
         if record.flags & wire.FLAG_EXPIRED:
             tap.expired = record.id
@@ -320,7 +327,7 @@ class TapBook:
         for tap in self._taps.values():
             while tap.entries and tap.entries[0][0] <= time_ns:
                 tap.cut_sequence = tap.entries.popleft()[1]
-            if tap.cut_sequence is not None:
+            if tap.cut_sequence is not None and not tap.asked_whole:
                 cuts[tap.id] = tap.cut_sequence
         return cuts
 
@@ -351,4 +358,5 @@ class TapBook:
         if carried:
             listing.append(TapDisks(tap=_NO_TAP, disks=carried))
         self._journal_disks = {disk.index: disk for entry in listing for disk in entry.disks}
-        return listing, list(self._gone)[-TAPS_MAX:]
+        gone = [*self._gone, *(tap.id for tap in self._taps.values() if tap.asked_whole)]
+        return listing, gone[-TAPS_MAX:]
