@@ -206,8 +206,8 @@ class Channels:
         return channel
 
     def accept(self, channel: Channel) -> None:
-        """Let the peer send on the channel that it opened."""
-        if not channel.accepted and not channel.over:
+        """Let the peer send on the channel that it opened; without effect on any other one."""
+        if not channel.accepted and not channel.over and not (channel.number and self._mine(channel.number)):
             channel.accepted = True
             self._credits[channel.number] = self._allow(channel)
 
@@ -267,6 +267,8 @@ class Channels:
         for channel in list(self._table.values()):
             self._over(channel, fault)
             self._remove(channel)
+        self._control.clear()
+        self._turns.clear()
 
     # What leaves.
 

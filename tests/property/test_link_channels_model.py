@@ -51,6 +51,11 @@ class Links(RuleBasedStateMachine):
         self.model: list[dict[int, End]] = [{}, {}]
         self.is_cut = False
         self.counter = 0
+        for side in SIDES:
+            self.open(side, "first")
+            self.flow()
+            self.accept(1 - side, side)
+            self.flow()
 
     def pick(self, side: int, index: int) -> tuple[int, Channel] | None:
         numbers = sorted(self.ends[side])
@@ -115,6 +120,12 @@ class Links(RuleBasedStateMachine):
             while core.opened:
                 channel = core.opened.popleft()
                 self.ends[1 - side][channel.number] = channel
+
+    @rule()
+    def flow(self) -> None:
+        for side in SIDES:
+            self.put_on_wire(side, 100)
+            self.deliver(side, 100)
 
     @rule(side=st.sampled_from(SIDES), index=st.integers(0, 9))
     def accept(self, side: int, index: int) -> None:
@@ -197,6 +208,11 @@ class Links(RuleBasedStateMachine):
                 if not direction.finished:
                     assert direction.received == direction.sent
             assert self.cores[side]._unread_bytes == 0
+            for number, channel in self.ends[side].items():
+                if not self.model[side][number].finished and not self.model[1 - side][number].finished:
+                    other = self.ends[1 - side][number]
+                    assert channel._window_bytes == other._allowed_bytes, "no credit is lost on the way"
+                    assert other._allowed_bytes + other._taken_bytes == c.WINDOW_BYTES
 
     def progress(self) -> int:
         received = sum(len(direction.received) for side in SIDES for direction in self.model[side].values())
@@ -204,4 +220,4 @@ class Links(RuleBasedStateMachine):
 
 
 TestLinks = Links.TestCase
-TestLinks.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestLinks.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
