@@ -13,10 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dr_cloud.model.blocks import BLOCK_SIZE
+from dr_cloud.nbd.client import NbdClient
+from dr_cloud.tap import wire
 from dr_cloud.tap.bitmap import IntentBitmap
 
 pytestmark = pytest.mark.system
@@ -49,19 +52,27 @@ class Rig:
         self.processes.append(process)
         return process
 
-    def start_tap(self, queue: str = "64MiB") -> subprocess.Popen[str]:
-        arguments = ["--server", "db", "--disk", f"d={self.source}", "--socket", f"{self.folder}/tap.sock", "--queue", queue]
+    def start_tap(self, queue: str = "64MiB", *more: str) -> subprocess.Popen[str]:
+        arguments = [
+            "--server",
+            "db",
+            "--disk",
+            f"d={self.source}",
+            "--socket",
+            f"{self.folder}/tap.sock",
+            "--queue",
+            queue,
+        ]
         arguments += ["--vdsa", f"{self.folder}/vdsa.sock", "--state", f"{self.folder}/state"]
-        tap = self.start(sys.executable, "-m", "dr_cloud.cli.tap", *arguments)
+        tap = self.start(sys.executable, "-m", "dr_cloud.cli.tap", *arguments, *more)
         assert tap.stdout is not None
         line = tap.stdout.readline()
-        assert line == f"tap ready: {self.address}\n", line
+        assert line.startswith(f"tap ready: {self.address}"), line
         return tap
 
-    def start_vdsa(self) -> subprocess.Popen[str]:
-        return self.start(
-            sys.executable, str(Path(__file__).with_name("tap_vdsa.py")), f"{self.folder}/vdsa.sock", str(self.folder)
-        )
+    def start_vdsa(self, hold: str = "") -> subprocess.Popen[str]:
+        program = str(Path(__file__).with_name("tap_vdsa.py"))
+        return self.start(sys.executable, program, f"{self.folder}/vdsa.sock", str(self.folder), hold)
 
     def start_fio(self, seconds: float, *more: str) -> subprocess.Popen[str]:
         return self.start(
@@ -69,7 +80,7 @@ class Rig:
             "--iodepth=8", "--time_based", f"--runtime={seconds}", "--output-format=json", *more,
         )  # fmt: skip
 
-    def finish_fio(self, fio: subprocess.Popen[str]) -> dict[str, float]:
+    def finish_fio(self, fio: subprocess.Popen[str]) -> dict[str, Any]:
         """Return fio's figures for writes; the guest's I/O must not have failed."""
         text, _ = fio.communicate(timeout=60)
         assert fio.returncode == 0, text
@@ -77,9 +88,17 @@ class Rig:
         assert job["error"] == 0
         return job["write"]
 
-    def in_sync(self) -> bool:
-        replica = self.folder / "replica-0"
-        return replica.exists() and replica.read_bytes()[: self.disk.stat().st_size] == self.disk.read_bytes()
+    def in_sync(self, index: int = 0, disk: Path | None = None) -> bool:
+        replica, content = self.folder / f"replica-{index}", (disk or self.disk).read_bytes()
+        return replica.exists() and replica.read_bytes()[: len(content)] == content
+
+    def hello(self) -> str:
+        """Return what the tap said last of itself."""
+        return (self.folder / "hello").read_text().splitlines()[-1]
+
+    def held(self) -> list[str]:
+        path = self.folder / "held"
+        return path.read_text().splitlines() if path.exists() else []
 
     def sync_lines(self) -> list[str]:
         path = self.folder / "sync"
@@ -192,6 +211,128 @@ def test_vdsa_in_trouble(rig: Rig, trouble: str) -> None:
     assert rig.dirty_blocks() == 0
 
 
+def test_disks_change_under_load(rig: Rig) -> None:
+    """R5: on SIGHUP disks come, grow, shrink and go; the guest of another disk notices nothing; all is replicated."""
+    make_sparse(rig.disk, 64 * MIB, [(0, 16 * MIB)])
+    more = rig.folder / "more"
+    make_sparse(more, 32 * MIB, [(MIB, 2 * MIB)])
+    config = rig.folder / "disks.yaml"
+    config.write_text("")
+    rig.start_vdsa()
+    tap = rig.start_tap("64MiB", "--config", str(config))
+    wait_until(rig.in_sync)
+    fio = rig.start_fio(8, "--size=16m", "--offset=16m")
+    uri = rig.address.replace("///d?", "///more?")
+
+    def sizes() -> set[int]:
+        done = subprocess.run(["nbdinfo", "--size", uri], capture_output=True, text=True)
+        return {int(done.stdout)} if done.returncode == 0 else set()
+
+    def change(text: str, size_bytes: int | None) -> None:
+        config.write_text(text)
+        tap.send_signal(signal.SIGHUP)
+        wait_until(lambda: sizes() == (set() if size_bytes is None else {size_bytes}))
+
+    listed = f"- {{name: more, address: {more}}}\n"
+    change(listed, 32 * MIB)
+    wait_until(lambda: rig.in_sync(1, more))
+    assert rig.hello() == "db 0 [(0, 'd', 67108864), (1, 'more', 33554432)]"
+    with NbdClient.connect(uri) as old:
+        os.truncate(more, 48 * MIB + 512)
+        change(listed, 48 * MIB + 512)
+        old.pwrite(5 * MIB, b"o" * 4096)
+        with NbdClient.connect(uri) as new:
+            new.pwrite(48 * MIB, b"n" * 512)
+    wait_until(lambda: rig.in_sync(1, more))
+    assert more.read_bytes()[5 * MIB : 5 * MIB + 4096] == b"o" * 4096
+    os.truncate(more, 8 * MIB)
+    change(listed, 8 * MIB)
+    wait_until(lambda: rig.in_sync(1, more) and "(1, 'more', 8388608)" in rig.hello())
+    before = rig.hello()
+    for wrong in ("- {name: more}", f"{listed}{listed}", "- {name: more, address: /nowhere/at/all}", "[", "8"):
+        config.write_text(wrong)
+        tap.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    assert rig.hello() == before
+    assert sizes() == {8 * MIB}
+    change("", None)
+    wait_until(lambda: rig.hello() == "db 0 [(0, 'd', 67108864)]")
+    change(listed, 8 * MIB)
+    wait_until(lambda: rig.in_sync(2, more))
+    figures = rig.finish_fio(fio)
+    assert figures["clat_ns"]["max"] < 5e8
+    assert figures["total_ios"] > 5000
+    wait_until(rig.in_sync)
+    time.sleep(0.3)
+    rig.stop_clean(tap)
+    assert rig.dirty_blocks() == 0
+
+
+def test_killed_while_disks_change(rig: Rig) -> None:
+    """Invariant 2: a tap killed -9 at any moment of a change sends afterwards what may differ."""
+    make_sparse(rig.disk, 64 * MIB, [(0, 8 * MIB)])
+    more = rig.folder / "more"
+    config = rig.folder / "disks.json"
+    listed = json.dumps([{"name": "more", "address": str(more)}])
+    rig.start_vdsa()
+    for number in range(4):
+        config.write_text(listed if number % 2 else "[]")
+        make_sparse(more, (8 + number) * MIB, [(0, MIB)])
+        tap = rig.start_tap("64MiB", "--config", str(config), "--copies", "3")
+        fio = rig.start_fio(20, "--size=16m")
+        time.sleep(0.3)
+        config.write_text("[]" if number % 2 else listed)
+        tap.send_signal(signal.SIGHUP)
+        time.sleep(0.002 * 3**number)
+        tap.kill()
+        tap.wait()
+        fio.kill()
+        fio.communicate()
+    tap = rig.start_tap("64MiB", "--config", str(config))
+    wait_until(rig.in_sync)
+    assert sorted(path.name for path in rig.folder.glob("state*")) == [
+        "state",
+        "state.1.lock",
+        "state.2.lock",
+        "state.lock",
+    ]
+    rig.stop_clean(tap)
+
+
+def test_barriers_under_load(rig: Rig) -> None:
+    """R5: barriers held and released twenty times a second: none expires, every write succeeds, none waits long."""
+    make_sparse(rig.disk, 64 * MIB, [])
+    rig.start_vdsa("release")
+    rig.start_tap()
+    wait_until(rig.in_sync)
+    figures = rig.finish_fio(rig.start_fio(3, "--size=16m"))
+    held = rig.held()
+    assert held.count("held False") > 20
+    assert held.count("released False") > 0.8 * held.count("held False")
+    assert figures["clat_ns"]["max"] < 2e8
+    wait_until(rig.in_sync)
+
+
+@pytest.mark.parametrize("trouble", ["keeps", "hung", "killed"])
+def test_barrier_that_nobody_ends(rig: Rig, trouble: str) -> None:
+    """R1: a VDSA that holds for ever, hangs or dies while it holds: no write fails, none waits over the bound."""
+    make_sparse(rig.disk, 64 * MIB, [])
+    vdsa = rig.start_vdsa("keep")
+    rig.start_tap()
+    wait_until(rig.in_sync)
+    fio = rig.start_fio(3, "--size=16m")
+    time.sleep(1)
+    if trouble == "hung":
+        vdsa.send_signal(signal.SIGSTOP)
+    elif trouble == "killed":
+        vdsa.kill()
+    figures = rig.finish_fio(fio)
+    assert rig.held().count("held False") > 3
+    assert figures["clat_ns"]["percentile"]["50.000000"] < 5e6
+    assert figures["clat_ns"]["max"] < wire.HOLD_NS_MAX + 1e8
+    assert figures["total_ios"] > 5000
+
+
 def test_without_vdsa(rig: Rig) -> None:
     """R1: a tap whose VDSA never was there serves its guest; what it wrote is sent when one comes."""
     make_sparse(rig.disk, 64 * MIB, [])
@@ -297,7 +438,17 @@ def test_outside_clients(rig: Rig) -> None:
 
 def test_wrong_use_is_told(rig: Rig) -> None:
     """A disk that is missing and a size that is none end with a sentence, and with 1 and 2."""
-    base = [sys.executable, "-m", "dr_cloud.cli.tap", "--server", "db", "--vdsa", "v", "--state", str(rig.folder / "state")]
+    base = [
+        sys.executable,
+        "-m",
+        "dr_cloud.cli.tap",
+        "--server",
+        "db",
+        "--vdsa",
+        "v",
+        "--state",
+        str(rig.folder / "state"),
+    ]
     socket = ["--socket", str(rig.folder / "tap.sock")]
     for arguments, code, words in (
         (["--disk", f"d={rig.disk}", *socket], 1, "cannot be opened"),
