@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import ssl
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -202,15 +203,18 @@ def check_site(peer: Peer, provider: str, enterprise: str, revoked: Callable[[st
 
 def replace_file(path: Path, text: str, mode: int) -> None:
     """Put `text` in the place of `path`, so that a crash leaves the old or the new file. Raises `OSError`."""
-    fresh = path.with_name(path.name + ".new")
-    with contextlib.suppress(FileNotFoundError):
-        fresh.unlink()
+    # A name of its own: two processes may do this at the same time.
+    fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(fd, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
     with _folder(path.parent) as folder:
         os.fsync(folder)
 
