@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.journal import Disk
 from dr_cloud.tap import bits as bits_module
-from dr_cloud.tap.bitmap import SEQUENCE_MARGIN, IntentBitmap
+from dr_cloud.tap.bitmap import SEQUENCE_MARGIN, IntentBitmap, copy_path, open_bitmaps
 from dr_cloud.tap.bits import EPOCH_A, EPOCH_B, TO_SEND, DiskBits
 
 BOOT = b"this boot of it."
@@ -261,3 +261,65 @@ def test_what_cannot_be_is_told(path: Path) -> None:
         IntentBitmap(path, [("../a", 4096)])
     with pytest.raises(DrCloudError, match="cannot be made"):
         IntentBitmap(path / "x" / "y", [("a", 4096)])
+
+
+def test_copies_share_identity_and_nothing_else(path: Path) -> None:
+    """R6: each target has bits of its own; id and indexes are the tap's."""
+    disks = [("a", 40 * KIB), ("b", 80 * KIB)]
+    bitmaps = open_bitmaps(path, disks, 3, boot=BOOT)
+    assert len({bitmap.tap_id for bitmap in bitmaps}) == 1
+    for bitmap in bitmaps:
+        clear_all(bitmap)
+    bitmaps[1].disks[1].set(7, 1)
+    for bitmap in bitmaps:
+        bitmap.abandon()
+    again = open_bitmaps(path, [disks[1], disks[0]], 3, boot=BOOT)
+    assert [[bits.disk.index for bits in bitmap.disks] for bitmap in again] == [[1, 0]] * 3
+    assert [runs_of(bitmap) for bitmap in again] == [[], [(7, 8)], []]
+    for bitmap in again:
+        bitmap.close()
+
+
+def test_a_copy_that_was_not_kept_is_not_trusted(path: Path) -> None:
+    """Invariant 2: while the tap kept fewer copies, nobody set the bits of the others."""
+    for copies in (2, 1, 2):
+        bitmaps = open_bitmaps(path, [("a", 40 * KIB)], copies, boot=BOOT)
+        assert copy_path(path, 1).exists() == (copies == 2)
+        dirty = [bitmap.dirty_blocks() for bitmap in bitmaps]
+        for bitmap in bitmaps:
+            clear_all(bitmap)
+            bitmap.close()
+    assert dirty == [0, 10]
+
+
+def test_a_file_that_disagrees_with_the_first_is_not_trusted(path: Path) -> None:
+    """Invariant 2: another tap's file, or another index for the name, says nothing about this tap's disks."""
+    others = path.with_name("others")
+    for first in (path, others):
+        bitmaps = open_bitmaps(first, [("a", 40 * KIB)], 2, boot=BOOT)
+        for bitmap in bitmaps:
+            clear_all(bitmap)
+            bitmap.close()
+    copy_path(path, 1).write_bytes(others.read_bytes())
+    bitmaps = open_bitmaps(path, [("a", 40 * KIB)], 2, boot=BOOT)
+    assert [bitmap.dirty_blocks() for bitmap in bitmaps] == [0, 10]
+    assert bitmaps[0].tap_id == bitmaps[1].tap_id
+    for bitmap in bitmaps:
+        clear_all(bitmap)
+        bitmap.close()
+    # The first file forgot the disk and has it again under a new index; the second never heard of it.
+    IntentBitmap(path, [("b", 40 * KIB)], boot=BOOT).close()
+    IntentBitmap(path, [("a", 40 * KIB)], boot=BOOT).close()
+    bitmaps = open_bitmaps(path, [("a", 40 * KIB)], 2, boot=BOOT)
+    assert [bitmap.disks[0].disk.index for bitmap in bitmaps] == [2, 2]
+    assert bitmaps[1].dirty_blocks() == 10
+    for bitmap in bitmaps:
+        bitmap.close()
+
+
+def test_a_copy_in_use_opens_none(path: Path) -> None:
+    second = IntentBitmap(copy_path(path, 1), [("a", 40 * KIB)], boot=BOOT)
+    with pytest.raises(DrCloudError, match="another tap"):
+        open_bitmaps(path, [("a", 40 * KIB)], 2, boot=BOOT)
+    IntentBitmap(path, [("a", 40 * KIB)], boot=BOOT).close()
+    second.close()
