@@ -26,6 +26,7 @@ STEPS = st.one_of(
     st.tuples(st.sampled_from(["job", "deliver", "answer", "job", "deliver", "answer", "twice"]), choice),
     st.tuples(st.sampled_from(["flush", "commit", "tick", "run", "run", "run", "run"])),
     st.tuples(st.sampled_from(["run", "cut link", "drop tap", "kill source", "kill target"]), choice),
+    st.tuples(st.sampled_from(["run", "leave", "come back"]), choice),
 )
 
 
@@ -63,6 +64,8 @@ def step(world: World, action: tuple[Any, ...]) -> None:
             world.cut_link()
         case "drop tap":
             world.drop_tap(tap)
+        case "leave" | "come back":
+            world.set_member(tap, verb == "come back")
         case "kill source":
             world.start_source()
         case "kill target":
