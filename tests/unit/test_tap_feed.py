@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from dr_cloud.model.blocks import BLOCK_SIZE
+from dr_cloud.model.errors import DrCloudError
 from dr_cloud.nbd.export import Buffer
+from dr_cloud.seal.authority import Authority
 from dr_cloud.tap import feed as feed_module
 from dr_cloud.tap import wire
-from dr_cloud.tap.address import VdsaAddress
+from dr_cloud.tap.address import TlsFiles, VdsaAddress
 from dr_cloud.tap.bitmap import IntentBitmap
 from dr_cloud.tap.copy import State
 from dr_cloud.tap.disk import FileDisk
@@ -175,3 +178,73 @@ async def test_unreadable_block_keeps_its_bit(rig: Rig, monkeypatch: pytest.Monk
     await asyncio.sleep(0.05)
     assert not rig.bitmap.dirty
     writer.close()
+
+
+class Pki:
+    """A certificate authority, and files of certificates that it issued."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.authority = Authority.open(folder, "provider")
+
+    def files(self, name: str) -> TlsFiles:
+        """Return what someone called `name` needs, reachable at localhost."""
+        credentials = self.authority.service_credentials(name, ["localhost"])
+        files = TlsFiles(*(self.folder / f"{name}-{part}.pem" for part in ("cert", "key", "ca")))
+        texts = (credentials.certificate, credentials.key, credentials.ca)
+        for path, text in zip(files, texts, strict=True):
+            path.write_text(text)
+        return files
+
+
+async def test_vdsa_on_another_host(tmp_path: Path) -> None:
+    """R1, R11: over TLS 1.3, both ends proven; who is not the VDSA gets no byte."""
+    (tmp_path / "other").mkdir()
+    pki, other = Pki(tmp_path), Pki(tmp_path / "other")
+    mine, its = pki.files("tap"), pki.files("vdsa")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(its.certificate, its.key)
+    context.load_verify_locations(its.authority)
+    rig = Rig(tmp_path)
+    accepted = rig.connections
+    rig.server = await asyncio.start_server(lambda *ends: accepted.put_nowait(ends), "localhost", 0, ssl=context)
+    port = rig.server.sockets[0].getsockname()[1]
+    rig.feed = asyncio.create_task(
+        Feed(rig.copy, {0: rig.disk}, VdsaAddress.parse(f"tls:localhost:{port}", other.files("tap"))).run()
+    )
+    await asyncio.sleep(0.3)
+    assert accepted.empty()
+    assert rig.copy.state is State.CONNECTING
+    rig.feed.cancel()
+    await asyncio.wait({rig.feed})
+    rig.feed = asyncio.create_task(
+        Feed(rig.copy, {0: rig.disk}, VdsaAddress.parse(f"tls:localhost:{port}", mine)).run()
+    )
+    reader, writer = await rig.accept()
+    assert writer.get_extra_info("ssl_object").version() == "TLSv1.3"
+    assert (await next_message(reader))[0] == wire.HELLO
+    blocks, sequence = await read_sync(reader)
+    assert blocks == set(range(BLOCKS))
+    writer.write(head(wire.DURABLE, sequence))
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if not rig.bitmap.dirty:
+            break
+    assert not rig.bitmap.dirty
+    writer.close()
+    await rig.close()
+
+
+@pytest.mark.parametrize("text", ["tls:host", "tls:host:0", "tls::1", "tls:host:99999", "tls:host:x"])
+def test_what_is_no_address_is_told(text: str, tmp_path: Path) -> None:
+    files = Pki(tmp_path).files("tap")
+    with pytest.raises(DrCloudError, match="no address"):
+        VdsaAddress.parse(text, files)
+    with pytest.raises(DrCloudError, match="needs certificates"):
+        VdsaAddress.parse("tls:host:1")
+    with pytest.raises(DrCloudError, match="certificates are for"):
+        VdsaAddress.parse("unix:/x", files)
+    with pytest.raises(DrCloudError, match="cannot be used"):
+        VdsaAddress.parse("tls:host:1", files._replace(key=tmp_path / "none"))
+    assert VdsaAddress.parse("unix:/x") == VdsaAddress.parse("/x") == VdsaAddress(Path("/x"))
