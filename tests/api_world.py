@@ -127,7 +127,7 @@ class ApiWorld:
         for name in vpgs:
             changes = {
                 "description": f"{mark} description",
-                "servers": [{"name": server}],
+                "servers": [{"name": "web" if name == "hr" else server}],
                 "targets": [{"name": target, "site": "us-east", "host": "compute", "datastore": "gold"}],
             }
             self.world.protect(who, name, enterprise, **changes)

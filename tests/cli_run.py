@@ -29,6 +29,7 @@ def run_cli(*arguments: str) -> Done:
     """Run `dr-cloud` with these arguments."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
+    logging = structlog.get_config()
     argv = patch.object(sys, "argv", ["dr-cloud", *arguments])
     with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -36,5 +37,5 @@ def run_cli(*arguments: str) -> Done:
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         finally:
-            structlog.reset_defaults()
+            structlog.configure(**logging)
     return Done(code, out.getvalue(), err.getvalue())

@@ -117,7 +117,8 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
     word = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
     remedy = _REMEDIES.get(error.status_code, "")
-    return _answer(request, error.status_code, word, str(error.detail), remedy, headers=error.headers)
+    detail = "there is nothing at this path" if error.status_code == 404 else str(error.detail)
+    return _answer(request, error.status_code, word, detail, remedy, headers=error.headers)
 
 
 async def _unforeseen(request: Request, error: Exception) -> JSONResponse:

@@ -13,16 +13,20 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Header, Query
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from dr_cloud.api.deps import Linked, Manager, Narrowed, OfEnterprise, Secret, Who, part
+from dr_cloud.manager.cloud import Cloud
 from dr_cloud.model import cloud as c
 from dr_cloud.model.errors import UnauthenticatedError
+from dr_cloud.model.principal import Principal
 
 router = APIRouter()
 EVENTS_POLL_SECONDS: Final = 0.5
 TOKEN_CHECK_SECONDS: Final = 5.0
+KEEP_ALIVE_SECONDS: Final = 15.0
 _Number = Annotated[int | None, Query(ge=0, lt=1 << 63, description="Only later ones; 0: all that are kept.")]
 
 
@@ -62,23 +66,35 @@ def _after(
     return cloud.newest_event(who) if after is None else after
 
 
-@router.get("/events", response_class=EventSourceResponse, tags=["health"])
-async def events(
-    cloud: Manager, who: Who, secret: Secret, after: Annotated[int, Depends(_after)]
-) -> AsyncIterator[ServerSentEvent]:
-    """Stream what changes: tasks, checkpoints, health, alerts. Resumes after the header Last-Event-ID."""
-    checked = time.monotonic()
-    yield ServerSentEvent(id=str(after), comment="where the stream begins")
+class EventStream(StreamingResponse):
+    """Server-Sent Events."""
+
+    media_type = "text/event-stream"
+
+
+async def _stream(cloud: Cloud, secret: str, who: Principal, after: int) -> AsyncIterator[bytes]:
+    checked = told = time.monotonic()
+    yield format_sse_event(id=str(after), comment="where the stream begins")
     while True:
-        if time.monotonic() - checked >= TOKEN_CHECK_SECONDS:
-            checked = time.monotonic()
+        now = time.monotonic()
+        if now - checked >= TOKEN_CHECK_SECONDS:
+            checked = now
             try:
                 await run_in_threadpool(cloud.authenticate, secret)
             except UnauthenticatedError:
                 return
         some = await run_in_threadpool(cloud.events, who, after)
         for event in some:
-            after = event.number
-            yield ServerSentEvent(data=event, event=event.kind, id=str(event.number))
+            after, told = event.number, now
+            yield format_sse_event(data_str=event.model_dump_json(), event=event.kind, id=str(after))
+        if now - told >= KEEP_ALIVE_SECONDS:
+            told = now
+            yield KEEPALIVE_COMMENT
         if not some:
             await asyncio.sleep(EVENTS_POLL_SECONDS)
+
+
+@router.get("/events", response_class=EventStream, tags=["health"])
+async def events(cloud: Manager, who: Who, secret: Secret, after: Annotated[int, Depends(_after)]) -> EventStream:
+    """Stream what changes: tasks, checkpoints, health, alerts. Resumes after the header Last-Event-ID."""
+    return EventStream(_stream(cloud, secret, who, after), headers={"X-Accel-Buffering": "no"})
