@@ -149,7 +149,7 @@ def network(require_tool: Callable[[str], str], tmp_path_factory: pytest.TempPat
 
 
 def test_a_site_behind_nat_is_reached_though_no_route_leads_there(network: Network) -> None:
-    """R12.4: works behind NAT, without a VPN and without a public address; calls and channels go both ways."""
+    """R12: works behind NAT, without a VPN and without a public address; calls and channels go both ways."""
     with pytest.raises(RuntimeError, match="unreachable"):
         network.ip("provider", "route", "get", SITE)
     site = network.dial("a", "acme-us")
@@ -181,7 +181,7 @@ def test_one_enterprises_certificate_opens_nothing_at_the_others_door(network: N
 
 
 def test_a_link_that_the_nat_forgets_is_noticed_and_dialled_again(network: Network) -> None:
-    """R12.4: packets vanish without a word; both ends notice, and the site comes back."""
+    """R12: packets vanish without a word; both ends notice, and the site comes back."""
     site = network.dial("a", "acme-us", "--stay")
     assert read(site)["linked"]["sent"]
     network.inside("router-a", "nft", "-f", "-", text=STALL)
@@ -197,7 +197,7 @@ def test_a_link_that_the_nat_forgets_is_noticed_and_dialled_again(network: Netwo
 
 
 def test_a_site_whose_only_way_out_is_an_http_proxy_is_linked(network: Network) -> None:
-    """R12.4: CONNECT; TLS and the certificates stay end to end."""
+    """R12: CONNECT; TLS and the certificates stay end to end."""
     port = network.ports["acme-us"]
     direct = f"timeout 1 bash -c ': < /dev/tcp/{PROVIDER_ADDRESS}/{port}'"
     with pytest.raises(RuntimeError):
