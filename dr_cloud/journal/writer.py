@@ -36,7 +36,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -108,7 +108,6 @@ class JournalWriter:
         self._keyframe: Keyframe | None = None
         self._keyframe_job: tuple[Future[Keyframe], dict[RegionKey, Locs]] | None = None
         self._keyframe_under_way = False
-        self._keyframe_pool = ThreadPoolExecutor(1, "keyframe")
         self._keyframe_at = (0, 0)
 
     @classmethod
@@ -393,8 +392,10 @@ class JournalWriter:
         if self._index is not None:
             self._index.add(cut.digests, cut.first_locs, checkpoint)
         if cut.changed is not None:
-            job = self._keyframe_pool.submit(self._store_keyframe, checkpoint, cut.changed)
-            self._keyframe_job = (job, cut.changed)
+            # A thread for this one: many writers share a process, and none keeps a thread that waits.
+            pool = ThreadPoolExecutor(1, "keyframe")
+            self._keyframe_job = (pool.submit(self._store_keyframe, checkpoint, cut.changed), cut.changed)
+            pool.shutdown(wait=False)
         return checkpoint
 
     def _fenced(self, other: Checkpoint) -> FencedError:
@@ -438,6 +439,7 @@ class JournalWriter:
 
     def close(self) -> None:
         """Wait for a keyframe under way and close the digest index. Frames that were not cut are forgotten."""
-        self._keyframe_pool.shutdown(wait=True)
+        if self._keyframe_job is not None:
+            wait([self._keyframe_job[0]])
         if self._index is not None:
             self._index.close()
