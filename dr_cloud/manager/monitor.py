@@ -36,7 +36,7 @@ from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.vpg import VpgStatus
 
-ROUND_SECONDS: Final = 2.0
+ROUND_SECONDS: Final = 5.0
 FORECAST_SECONDS: Final = 60.0
 TIDY_SECONDS: Final = 600.0
 DAY_NS: Final = 86400 * SECOND_NS

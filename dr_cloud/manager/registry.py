@@ -84,6 +84,8 @@ class Registry:
         self._store = store
         self._keyring = keyring
         self._answers_for = answers_for
+        self._known: set[str] = set()
+        """Enterprises whose objects in the store this process has looked at."""
         self._woken = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
@@ -137,21 +139,19 @@ class Registry:
         return failed
 
     def _write(self, enterprise: str) -> None:
-        number, content = self._snapshot(enterprise)
         folder = enterprise or "provider"
+        if enterprise not in self._known:
+            self._pass_by(enterprise, folder)
+            self._known.add(enterprise)
+        number, content = self._snapshot(enterprise)
         if enterprise == PROVIDER:
             self._keyring.create("provider")
-        keys = _keys(self._keyring, folder)
         key = _key(folder, number)
-        data = Sealer(keys, key, MAGIC, VERSION).finish([pack_json(content)], [])
+        data = Sealer(_keys(self._keyring, folder), key, MAGIC, VERSION).finish([pack_json(content)], [])
         try:
             self._store.put_new(key, data)
         except ObjectExistsError:
-            newest = max(n for n, _ in _objects(self._store, folder))
-            with self._database.write(EVERYONE) as session:
-                row = session.get_one(tables.RegistryState, enterprise)
-                row.changed = max(row.changed, newest) + 1
-            log.info("registry.skipped", enterprise=enterprise, number=number, newest=newest)
+            self._pass_by(enterprise, folder)
             self._woken.set()
             return
         with self._database.write(EVERYONE) as session:
@@ -160,6 +160,15 @@ class Registry:
         if before // _PRUNE_EVERY != number // _PRUNE_EVERY:
             for _, old in _objects(self._store, folder)[:-KEPT]:
                 self._store.delete(old)
+
+    def _pass_by(self, enterprise: str, folder: str) -> None:
+        """Go on after the newest object in the store: a former life of the database may have written further."""
+        newest = max((number for number, _ in _objects(self._store, folder)), default=0)
+        with self._database.write(EVERYONE) as session:
+            row = session.get_one(tables.RegistryState, enterprise)
+            if newest >= row.changed or newest > row.written:
+                log.info("registry.passed", enterprise=enterprise, changed=row.changed, newest=newest)
+                row.changed = max(row.changed, newest) + 1
 
     def _snapshot(self, enterprise: str) -> tuple[int, dict[str, Any]]:
         with self._database.read(EVERYONE) as session:

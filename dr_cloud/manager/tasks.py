@@ -250,7 +250,8 @@ class Tasks:
             stored = session.get(tables.Task, (row.enterprise, row.id))
             if stored is not None:
                 stored.state = dict(row.state)
-                stored.due_ns = self._clock_ns() + int(later.seconds * SECOND_NS)
+                if not stored.abort:  # who aborts does not wait
+                    stored.due_ns = self._clock_ns() + int(later.seconds * SECOND_NS)
                 if later.progress is not None:
                     stored.progress = later.progress
 
