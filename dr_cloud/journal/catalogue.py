@@ -86,7 +86,8 @@ class Catalogue:
     def plan(self, at_ns: int) -> ImagePlan:
         """Return the plan of image(`at_ns`).
 
-        Where the order of writes at that time is not known (a disk was synchronising) the image is that of the
+        Where the order of writes at that time is not known (a disk was synchronising, or the VPG has several hosts that
+        are ordered at checkpoints only) the image is that of the
         testable checkpoint before, and the plan's note says so. `TimeOutOfRangeError` tells the times that can be had.
         """
         if self.horizon_ns is None or self.newest_ns is None:
@@ -104,7 +105,10 @@ class Catalogue:
         if any(c.testable and c.exact_from_ns <= at_ns for c in same_time):
             return self._plan(self.checkpoints[first], at_ns, at_ns, "")
         before = self._testable[bisect_right(self._testable, at_ns, key=self._times.__getitem__) - 1]
-        note = f"moved down to the checkpoint before: a disk was synchronising at {format_time(at_ns)}"
+        note = (
+            f"moved down to the checkpoint before: the order of writes at {format_time(at_ns)} is not known "
+            "(a disk was synchronising, or several hosts are ordered at checkpoints only)"
+        )
         return self._plan(self.checkpoints[before], at_ns, self._times[before], note)
 
     def _plan(self, cover: Checkpoint, asked_ns: int, served_ns: int, note: str) -> ImagePlan:
