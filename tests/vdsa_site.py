@@ -44,11 +44,13 @@ async def until(what: Callable[[], Any], seconds: float = 20.0) -> None:
 class SiteTap:
     """The tap of a server on a host."""
 
-    def __init__(self, site: Site, server: str, host: str, paths: Mapping[str, Path], copies: int) -> None:
+    def __init__(
+        self, site: Site, server: str, host: str, paths: Mapping[str, Path], copies: int, vdsa: VdsaAddress | None
+    ) -> None:
         self.paths = dict(paths)
-        self._site = site
         self._state = site.folder / f"{server}-{host}.state"
-        self._server, self._host, self._copies = server, host, copies
+        self._server, self._copies = server, copies
+        self._vdsa = vdsa or VdsaAddress.parse(f"unix:{site.folder}/{host}.sock")
         self.set: DiskSet
 
     def _sources(self) -> list[DiskSource]:
@@ -57,8 +59,7 @@ class SiteTap:
     async def start(self) -> None:
         disks = await open_disks(self._sources())
         bitmaps = open_bitmaps(self._state, [(name, disk.size_bytes) for name, disk in disks.items()], self._copies)
-        vdsa = VdsaAddress.parse(f"unix:{self._site.folder}/{self._host}.sock")
-        self.set = DiskSet(Tap(self._server, bitmaps), self._sources(), disks, vdsa)
+        self.set = DiskSet(Tap(self._server, bitmaps), self._sources(), disks, self._vdsa)
         self.set.start()
 
     async def change(self) -> None:
@@ -105,8 +106,10 @@ class Site:
             raise DrCloudError("not served")
         return self.stores.setdefault(scope.target, open_store("memory:"))
 
-    async def tap(self, server: str, host: str, copies: int = 1, **paths: Path) -> SiteTap:
-        tap = SiteTap(self, server, host, paths, copies)
+    async def tap(
+        self, server: str, host: str, copies: int = 1, vdsa: VdsaAddress | None = None, **paths: Path
+    ) -> SiteTap:
+        tap = SiteTap(self, server, host, paths, copies, vdsa)
         await tap.start()
         self.taps.append(tap)
         return tap

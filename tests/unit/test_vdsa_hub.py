@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from dr_cloud.model.blocks import BLOCK_SIZE
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.replication import Throttle
+from dr_cloud.seal.authority import Authority
+from dr_cloud.tap.address import TlsFiles, VdsaAddress
 
 
 def block(value: int) -> bytes:
@@ -215,3 +218,35 @@ async def test_many_scopes_need_no_more_threads_and_tasks_than_their_links(site:
     await until(lambda: all(report.durable_ns for report in site.hub.reports()), 30)
     assert threading.active_count() < 40
     assert max(report.lag_seconds for report in site.hub.reports()) < 10
+
+
+async def test_a_tap_on_another_host_comes_over_tls(site: Site) -> None:
+    """R6, R11: a host without a VDSA of its own is heard over TLS, by its certificate; a barrier spans the hosts."""
+    authority = Authority.open(site.folder / "ca", "provider")
+    files = []
+    for name in ("vdsa", "tap"):
+        credentials = authority.service_credentials(name, ["127.0.0.1"])
+        paths = [site.folder / f"{name}.{part}" for part in ("pem", "key", "ca")]
+        for path, text in zip(paths, (credentials.certificate, credentials.key, credentials.ca), strict=True):
+            path.write_text(text)
+        files.append(TlsFiles(*paths))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files[0].certificate, files[0].key)
+    context.load_verify_locations(files[0].authority)
+    context.verify_mode = ssl.CERT_REQUIRED
+    address = await site.hub.listen("far", "tls:127.0.0.1:0", context)
+    with pytest.raises(DrCloudError):
+        await site.hub.listen("far", "tls:127.0.0.1:0", context)
+    with pytest.raises(DrCloudError):
+        await site.hub.listen("farther", "tls:127.0.0.1:0")
+    near, far = site.disk("a", data=block(1)), site.disk("b", 2048, os.urandom(2048 * BLOCK_SIZE))
+    tap = await site.tap("db", "h0", root=near)
+    await site.tap("web", "far", vdsa=VdsaAddress.parse(address, files[1]), root=far)
+    await site.hub.configure([orders("shop", {"db": {"root": 0}, "web": {"root": 1}})])
+    await site.newer("shop")
+    await tap.write("root", 1, block(2))
+    catalogue = await site.newer("shop")
+    assert site.image(catalogue) == {"db/root": near.read_bytes(), "web/root": far.read_bytes()}
+    assert not any(c.exact_from_ns < c.time_ns for c in catalogue.checkpoints), "exact at checkpoints only"
+    await site.hub.unlisten("far")
+    await until(lambda: site.report("shop").taps["web"] == "absent")
