@@ -1,0 +1,467 @@
+"""How a provider grows: enterprises with VPGs that all replicate small writes, beside memory, processor, connections.
+
+    python -m bench.scale [--steps 10,25,50] [--vpgs 2] [--seconds 30]
+
+Everything is real and runs on this machine: `dr-cloud provider up` (default architecture), one `dr-cloud site up` per
+enterprise with its own pairing, certificate and link, one `dr-cloud tap` per VPG, and this process as the guests: it
+writes 4 KiB blocks over NBD, a few a second on each disk. What is measured per step, after a pause to settle:
+
+- age of each VPG's newest checkpoint, in checkpoint intervals, as the API tells it, asked once a second;
+- memory as proportional set size, which counts shared pages once, by kind of process;
+- processor time by kind of process; established connections between sites and connectors.
+
+It writes docs/scale.md. It is not among the measurements of `make bench`: it takes many minutes and gigabytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import yaml
+
+from bench.chain import folder
+from bench.figures import console, machine
+from dr_cloud.client.client import Client
+from dr_cloud.demo.site import Process
+from dr_cloud.model.cloud import VdsaDeployment
+from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.provider import EnterpriseConfig, SiteConfig
+from dr_cloud.model.task import CompletionCode
+from dr_cloud.model.units import SECOND_NS, format_size
+from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
+from dr_cloud.nbd.async_client import AsyncNbdClient
+
+PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
+_CLI: Final = "dr_cloud.cli.main"
+_DISK_BYTES: Final = 64 << 20
+_BLOCK_BYTES: Final = 4096
+_WRITES_PER_SECOND: Final = 5.0
+_INTERVAL_SECONDS: Final = 5.0
+_AGE_INTERVALS_MAX: Final = 2.0
+_SETTLE_SECONDS: Final = 15.0
+_WAIT_SECONDS_MAX: Final = 180.0
+_STARTS_AT_ONCE: Final = 4
+_MEMORY_LEFT_BYTES_MIN: Final = 2 << 30
+_ENTERPRISE_BYTES: Final = 300 << 20
+"""What one enterprise with its site and two taps needs, generously."""
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_KINDS: Final = (
+    ("ray::CloudManager", "manager"),
+    ("ray::Connector", "connector"),
+    ("ray::Vdsa", "target VDSA"),
+    ("ray::", "other Ray workers"),
+    ("ray", "Ray itself"),
+    ("site up", "site"),
+    ("provider up", "provider up"),
+    ("tap --server", "tap"),
+)
+
+
+class Usage(NamedTuple):
+    """Processes of one kind."""
+
+    processes: int
+    bytes_resident: int
+    processor_seconds: float
+
+
+class Step(NamedTuple):
+    """What was measured with so many enterprises."""
+
+    enterprises: int
+    vpgs: int
+    seconds: float
+    ages: list[float]
+    """Of every VPG at every second, in intervals, ascending."""
+    writes: int
+    connections: int
+    usage: dict[str, Usage]
+
+
+# Processes.
+
+
+def _children() -> list[int]:
+    """Return every process that this one started, and theirs."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found: list[int] = []
+    waiting = [os.getpid()]
+    while waiting:
+        more = parents.get(waiting.pop(), [])
+        found += more
+        waiting += more
+    return found
+
+
+def _kind(command: str) -> str:
+    return next((kind for mark, kind in _KINDS if mark in command), "other")
+
+
+def usage() -> dict[str, Usage]:
+    """Return memory and processor time of all processes that were started, by kind."""
+    found: dict[str, Usage] = {}
+    for pid in _children():
+        with contextlib.suppress(OSError, ValueError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            resident = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) << 10
+            before = found.get(_kind(command), Usage(0, 0, 0.0))
+            seconds = (int(fields[11]) + int(fields[12])) / _TICKS
+            found[_kind(command)] = Usage(
+                before.processes + 1, before.bytes_resident + resident, before.processor_seconds + seconds
+            )
+    return found
+
+
+def connections(ports: set[int]) -> int:
+    """Return how many established connections go to these ports."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    peers = [(int(line.split()[2].rpartition(":")[2], 16), line.split()[3]) for line in lines]
+    return sum(1 for port, state in peers if port in ports and state == "01")
+
+
+def memory_left_bytes() -> int:
+    """Return the memory that may still be used."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
+# The cloud.
+
+
+class World:
+    """A provider, and the enterprises that were added to it."""
+
+    def __init__(self, directory: Path, vpgs: int) -> None:
+        self.directory = directory
+        self.vpgs = vpgs
+        self.uris: list[str] = []
+        self.ports: set[int] = set()
+        self.enterprises = 0
+        self._stopping = contextlib.ExitStack()
+        self._client: Client | None = None
+
+    @property
+    def client(self) -> Client:
+        """The administrator's, for all enterprises."""
+        assert self._client is not None, "start comes first"
+        return self._client
+
+    def start(self) -> None:
+        """Start the provider."""
+        config = {
+            "name": "provider",
+            "state": "state",
+            "api": "127.0.0.1:0",
+            "link_ports": [0, 0],
+            "idle_stacks": 0,
+            "data_centers": [
+                {
+                    "name": "dc-1",
+                    "jurisdiction": "USA",
+                    "datastores": [{"name": "ds-1", "store": "file://ds-1"}],
+                    "hosts": [{"name": f"host-{n}", "datastores": ["ds-1"]} for n in (1, 2)],
+                    "clusters": [{"name": "compute", "hosts": ["host-1", "host-2"]}],
+                }
+            ],
+        }
+        file = self.directory / "provider.yaml"
+        file.write_text(yaml.safe_dump(config))
+        provider = self._run("provider", _CLI, "provider", "up", "-c", str(file))
+        provider.wait_ready()
+        state = self.directory / "state"
+        port = int((state / "api-port").read_text())
+        token = (state / "admin-token").read_text().strip()
+        self._client = Client(
+            f"https://127.0.0.1:{port}", token, ca_pem=(state / "ca" / "ca-cert.pem").read_text(), timeout_seconds=120.0
+        )
+
+    def _run(self, name: str, *arguments: str) -> Process:
+        process = Process(name, self.directory, *arguments)
+        self._stopping.callback(process.stop)
+        return process
+
+    def close(self) -> None:
+        """Stop everything; the sites and taps at once, the provider last."""
+        if self._client is not None:
+            self._client.close()
+        self._stopping.close()
+
+    def _own(self, enterprise: str) -> Client:
+        self.client.enterprise_name = enterprise
+        return self.client
+
+    def add(self, count: int) -> None:
+        """Register enterprises until there are `count`, and protect their servers."""
+        names = [f"e{number:03d}" for number in range(self.enterprises, count)]
+        tokens = {}
+        for name in names:
+            self._own(name)
+            config = EnterpriseConfig(
+                name=name, jurisdiction="USA", sites=[SiteConfig(name="office", jurisdiction="USA")]
+            )
+            self.client.register_enterprise(config)
+            tokens[name] = self.client.create_pairing("office").token
+            self.ports.add(int(self.client.enterprise(name).link.rpartition(":")[2].partition("/")[0]))
+        with ThreadPoolExecutor(_STARTS_AT_ONCE) as pool:
+            self.uris += [
+                uri for uris in pool.map(lambda name: self._start_site(name, tokens[name]), names) for uri in uris
+            ]
+        for name in names:
+            self._protect(name)
+        self.enterprises = count
+        _wait(lambda: len(self.ages()) == count * self.vpgs, "every VPG has a checkpoint")
+
+    def _start_site(self, name: str, token: str) -> list[str]:
+        place = self.directory / name
+        place.mkdir()
+        settings = {"state": "state", "token": token, "hosts": [{"name": "host-a", "listen": "unix:a.sock"}]}
+        (place / "site.yaml").write_text(yaml.safe_dump(settings))
+        self._run(f"site-{name}", _CLI, "site", "up", "-c", str(place / "site.yaml")).wait_ready()
+        uris = []
+        for number in range(1, self.vpgs + 1):
+            disk = place / f"{number}.img"
+            with disk.open("wb") as file:
+                file.truncate(_DISK_BYTES)
+            tap = self._run(
+                f"tap-{name}-{number}", _CLI, "tap", "--server", f"vm-{number}", "--disk", f"disk={disk}",
+                "--vdsa", str(place / "a.sock"), "--state", str(place / f"{number}.state"),
+                "--socket", str(place / f"{number}.sock"),
+            )  # fmt: skip
+            tap.wait_ready()
+            uris.append(f"nbd+unix:///disk?socket={place / f'{number}.sock'}")
+        return uris
+
+    def _protect(self, name: str) -> None:
+        client = self._own(name)
+        _wait(lambda: [host.name for host in client.hosts("office")] == ["host-a"], f"{name} reports its host")
+        if next(iter(client.hosts("office"))).vdsa != "installed":
+            self._done(client.deploy_vdsa("office", "host-a", VdsaDeployment()).id)
+        for number in range(1, self.vpgs + 1):
+            settings = VpgSettings(
+                name=f"vpg-{number}",
+                source_site="office",
+                servers=[ProtectedServer(name=f"vm-{number}")],
+                targets=[TargetConfig(name="cloud", site="dc-1", host="compute", datastore="ds-1")],
+                checkpoint_seconds=_INTERVAL_SECONDS,
+            )
+            self._done(client.create_vpg(settings).id)
+
+    def _done(self, task: str) -> None:
+        ended = self.client.wait_task(task, timeout_seconds=_WAIT_SECONDS_MAX)
+        if ended.completion is not CompletionCode.SUCCESS:
+            raise DrCloudError(f"{ended.type} ended as {ended.completion.value}: {ended.exception}")
+
+    def ages(self) -> list[float]:
+        """Return the age of the newest checkpoint of each VPG that has one, in intervals."""
+        found = self._own("-").vpgs()
+        newest = [target.newest_ns for vpg in found for target in vpg.targets]
+        now_ns = time.time_ns()
+        return [(now_ns - time_ns) / SECOND_NS / _INTERVAL_SECONDS for time_ns in newest if time_ns]
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _WAIT_SECONDS_MAX
+    while not condition():
+        if time.monotonic() > deadline:
+            raise DrCloudError(f"after {_WAIT_SECONDS_MAX:g} s still waiting until {what}")
+        time.sleep(0.5)
+
+
+# Guests.
+
+
+class Guests:
+    """Writes to every disk, from a thread of its own."""
+
+    def __init__(self, uris: Sequence[str]) -> None:
+        self.writes = 0
+        self._uris = uris
+        self._stop = False
+
+    async def _write(self, uri: str) -> None:
+        guest = await AsyncNbdClient.connect(uri)
+        rng = random.Random(uri)
+        try:
+            await asyncio.sleep(rng.random() / _WRITES_PER_SECOND)
+            while not self._stop:
+                block = rng.randrange(_DISK_BYTES // _BLOCK_BYTES)
+                await guest.pwrite(block * _BLOCK_BYTES, rng.randbytes(_BLOCK_BYTES // 2) + bytes(_BLOCK_BYTES // 2))
+                self.writes += 1
+                await asyncio.sleep(1 / _WRITES_PER_SECOND)
+        finally:
+            await guest.close()
+
+    async def _all(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for uri in self._uris:
+                tasks.create_task(self._write(uri))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write while the block runs."""
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(asyncio.run, self._all())
+            try:
+                yield
+            finally:
+                self._stop = True
+                running.result()
+
+
+# Measuring.
+
+
+def measure(world: World, seconds: float) -> Step:
+    """Let every server write, and look on."""
+    guests = Guests(world.uris)
+    with guests.writing():
+        time.sleep(_SETTLE_SECONDS)
+        before, writes, started = usage(), guests.writes, time.monotonic()
+        ages: list[float] = []
+        while time.monotonic() - started < seconds:
+            ages += world.ages()
+            time.sleep(1)
+        passed = time.monotonic() - started
+        after = usage()
+        used = {
+            kind: now._replace(processor_seconds=now.processor_seconds - before.get(kind, now).processor_seconds)
+            for kind, now in after.items()
+        }
+        return Step(
+            world.enterprises,
+            world.enterprises * world.vpgs,
+            passed,
+            sorted(ages),
+            guests.writes - writes,
+            connections(world.ports),
+            used,
+        )
+
+
+_HEAD: Final = """# How a provider grows
+
+Made by `.venv/bin/python -m bench.scale`; nothing is simulated. One machine carries all of it: the provider (default
+architecture: one manager, a connector per enterprise, a target VDSA per host), a site process per enterprise, a tap
+process per VPG, and the guests, who write {writes:g} blocks of 4 KiB a second to each disk. Checkpoints every
+{interval:g} s.
+
+{machine}. Load of the machine before: {load:.1f}.
+
+"""
+
+
+def page(steps: Sequence[Step], load: float) -> str:
+    """Return the page."""
+    text = _HEAD.format(
+        writes=_WRITES_PER_SECOND,
+        interval=_INTERVAL_SECONDS,
+        load=load,
+        machine="; ".join(f"{key}: {value}" for key, value in machine().items()),
+    )
+    rows: list[tuple[str, list[str]]] = [
+        ("VPGs", [str(step.vpgs) for step in steps]),
+        ("writes a second", [f"{step.writes / step.seconds:.0f}" for step in steps]),
+        ("newest checkpoint's age, intervals: median", [f"{statistics.median(step.ages):.2f}" for step in steps]),
+        ("the same: oldest ever seen (at most 2)", [f"{step.ages[-1]:.2f}" for step in steps]),
+        ("connections between sites and provider", [str(step.connections) for step in steps]),
+        ("processor, cores in use", [f"{_processor(step):.2f}" for step in steps]),
+    ]
+    for kind in dict.fromkeys(kind for step in steps for kind in step.usage):
+        cells = [step.usage.get(kind, Usage(0, 0, 0.0)) for step in steps]
+        shares = [use.processor_seconds / step.seconds for use, step in zip(cells, steps, strict=True)]
+        rows.append(
+            (
+                f"{kind}: processes, MiB, cores",
+                [
+                    f"{use.processes}, {use.bytes_resident >> 20}, {share:.2f}"
+                    for use, share in zip(cells, shares, strict=True)
+                ],
+            )
+        )
+    text += "| enterprises | " + " | ".join(str(step.enterprises) for step in steps) + " |\n"
+    text += "|---|" + "---|" * len(steps) + "\n"
+    text += "".join(f"| {name} | " + " | ".join(cells) + " |\n" for name, cells in rows)
+    if len(steps) > 1:
+        text += "\n" + _growth(steps[0], steps[-1])
+    return text
+
+
+def _processor(step: Step) -> float:
+    return sum(use.processor_seconds for use in step.usage.values()) / step.seconds
+
+
+def _growth(first: Step, last: Step) -> str:
+    more = last.enterprises - first.enterprises
+    nothing = Usage(0, 0, 0.0)
+    parts = {
+        kind: (use.bytes_resident - first.usage.get(kind, nothing).bytes_resident) / more / (1 << 20)
+        for kind, use in last.usage.items()
+    }
+    listed = ", ".join(
+        f"{kind} {mib:.1f}" for kind, mib in sorted(parts.items(), key=lambda item: -item[1]) if mib > 0.1
+    )
+    cores = (_processor(last) - _processor(first)) / more
+    return (
+        f"Each further enterprise costs, by the difference between {first.enterprises} and {last.enterprises}: "
+        f"{(last.connections - first.connections) / more:.1f} connections, {cores * 1000:.0f} thousandths of a core in "
+        f"all, and in MiB: {listed}.\n"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Measure all steps and write the page."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", default="10,25,50", help="numbers of enterprises, ascending (default 10,25,50)")
+    parser.add_argument("--vpgs", type=int, default=2, help="VPGs of each (default 2)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long each step is watched (default 30)")
+    options = parser.parse_args(arguments)
+    counts = sorted({int(count) for count in options.steps.split(",")})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    steps: list[Step] = []
+    load = os.getloadavg()[0]
+    with folder(in_memory=True) as directory:
+        world = World(directory, options.vpgs)
+        try:
+            world.start()
+            for count in counts:
+                needed = _MEMORY_LEFT_BYTES_MIN + (count - world.enterprises) * _ENTERPRISE_BYTES
+                if memory_left_bytes() < needed:
+                    console.print(f"{count} enterprises are left out: they need {format_size(needed)} of free memory")
+                    break
+                world.add(count)
+                steps.append(measure(world, options.seconds))
+                console.print(page(steps[-1:], load))
+        except (DrCloudError, OSError, subprocess.SubprocessError) as error:
+            print(f"bench: {error}. {getattr(error, 'remedy', '')}".rstrip(), file=sys.stderr)
+            return 1
+        finally:
+            world.close()
+    PAGE.write_text(page(steps, load))
+    late = Counter(age > _AGE_INTERVALS_MAX for step in steps for age in step.ages)[True]
+    print(f"wrote {PAGE.name}; {late} of {sum(len(step.ages) for step in steps)} ages above {_AGE_INTERVALS_MAX:g}")
+    return 1 if late else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
