@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import structlog
 from pydantic import BaseModel
 from sqlalchemy import ColumnElement, Select, select, tuple_
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from dr_cloud.manager import tables
@@ -137,9 +137,12 @@ class Operations:
             bound = enterprise
         check_role(who, operation)
         with self._database.read(bound) as session:
-            if enterprise is not None:
-                _enterprise_row(session, enterprise)
-            yield session
+            try:
+                if enterprise is not None:
+                    _enterprise_row(session, enterprise)
+                yield session
+            except _UNSTORABLE as error:
+                raise _unstorable() from error
 
     @contextmanager
     def _change(self, who: Principal, operation: str, enterprise: str, subject: str) -> Iterator[Change]:
@@ -162,6 +165,8 @@ class Operations:
                 self._remember(change)
                 if change.registry:
                     self._context.registry.touch(session, change.enterprise)
+        except _UNSTORABLE as error:
+            raise _unstorable() from error
         except IntegrityError as error:
             log.info("change.collision", operation=operation, error=str(error.orig))
             refusal = ConflictError(f"{subject} exists already", "Choose another name, or look at what is there.")
@@ -244,6 +249,14 @@ class Operations:
         return row.answer
 
 
+_UNSTORABLE = (DataError, UnicodeEncodeError, OverflowError)
+"""What a driver raises for a value that its database cannot hold: a NUL, half a surrogate pair, a giant number."""
+
+
+def _unstorable() -> InvalidError:
+    return InvalidError("a name or a number can be none of any thing", "Use printable characters and 64-bit numbers.")
+
+
 def _enterprise_row(session: Session, enterprise: str) -> tables.Enterprise:
     row = session.get(tables.Enterprise, enterprise)
     if row is None:
@@ -286,8 +299,8 @@ def decode_cursor(text: str, types: Sequence[type]) -> list[Any]:
             raise ValueError
         if any(isinstance(value, int) and not -(1 << 63) <= value < 1 << 63 for value in values):
             raise ValueError
-        if any(isinstance(value, str) and "\0" in value for value in values):
-            raise ValueError
+        if any(isinstance(value, str) and "\0" in value.encode().decode() for value in values):
+            raise ValueError  # encode() refuses half a surrogate pair
     except (ValueError, binascii.Error, RecursionError):
         raise InvalidError("the cursor is none of this list", "Begin again without one.") from None
     return values

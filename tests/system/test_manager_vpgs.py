@@ -409,7 +409,12 @@ def test_lists_are_paged_and_filtered(world: World):
     assert [v.name for v in world.cloud.vpgs(who, "acme", which=VpgFilter(name_begins="b")).items] == ["b"]
     assert world.cloud.vpgs(who, "acme", which=VpgFilter(target_site="uk-south")).items == []
     assert world.cloud.vpgs(who, "acme", which=VpgFilter(status=VpgStatus.TEST)).items == []
-    for cursor in ("x", "W10", "WzFd", "\u00e9"):
+    for name in ("a\0", "\ud800", "x" * 70000):
+        with pytest.raises((InvalidError, NotFoundError)):
+            world.cloud.vpg(who, "acme", name)
+        with pytest.raises((InvalidError, NotFoundError)):
+            world.cloud.pause(who, "acme", name)
+    for cursor in ("x", "W10", "WzFd", "\u00e9", "WyJcdWQ4MDAiXQ"):
         with pytest.raises(InvalidError):
             world.cloud.vpgs(who, "acme", PageRequest(cursor=cursor))
 
