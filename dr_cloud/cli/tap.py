@@ -11,7 +11,6 @@ import typer
 import uvloop
 from pydantic import ValidationError
 
-from dr_cloud.model.blocks import DISK_INDEX_MAX
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import check_name
 from dr_cloud.model.units import parse_size
@@ -78,10 +77,6 @@ def tap(
     socket: Annotated[Path | None, typer.Option(help="Unix socket on which to serve NBD.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT on which to serve NBD.")] = None,
     queue: Annotated[str, typer.Option(help="Most memory for what a VDSA has not taken, for each copy.")] = "64MiB",
-    first_index: Annotated[
-        int,
-        typer.Option(min=0, max=DISK_INDEX_MAX, help="Numbers new disks from here: each tap of a VPG its own range."),
-    ] = 0,
 ) -> None:
     """Export disks over NBD and send copies of every write to the source VDSA.
 
@@ -112,7 +107,6 @@ def tap(
             host=host,
             port=port,
             queue_bytes_max=queue_bytes,
-            first_index=first_index,
         )
         uvloop.run(serve(options, lambda line: print(line, flush=True)))
     except DrCloudError as error:

@@ -133,10 +133,10 @@ def copy_path(path: Path, number: int) -> Path:
 
 
 def open_bitmaps(
-    path: Path, disks: Sequence[tuple[str, int]], copies: int, boot: bytes | None = None, first_index: int = 0
+    path: Path, disks: Sequence[tuple[str, int]], copies: int, boot: bytes | None = None
 ) -> list[IntentBitmap]:
     """Open or make the files of `copies` copies, and remove those of others. See `IntentBitmap`."""
-    bitmaps = [IntentBitmap(path, disks, boot, first_index)]
+    bitmaps = [IntentBitmap(path, disks, boot)]
     try:
         for number in range(1, copies):
             bitmaps.append(IntentBitmap(copy_path(path, number), disks, boot, like=bitmaps[0]))
@@ -165,7 +165,6 @@ class IntentBitmap:
         path: Path,
         disks: Sequence[tuple[str, int]],
         boot: bytes | None = None,
-        first_index: int = 0,
         like: IntentBitmap | None = None,
     ) -> None:
         """Open or make the file at `path` for `disks`, each a name and a size in bytes.
@@ -174,7 +173,6 @@ class IntentBitmap:
             path: The file.
             disks: What the tap exports.
             boot: The host's boot id; None reads it.
-            first_index: New disks get indexes from here on. Disks that the file knows keep theirs.
             like: The file of the tap's first copy, where this is another copy's.
 
         Raises:
@@ -188,7 +186,7 @@ class IntentBitmap:
         try:
             with _told(path):
                 old, data, everything = self._read_old(like)
-                head = lay_out(disks, first_index, old) if like is None else like._mapped.head
+                head = lay_out(disks, old) if like is None else like._mapped.head
                 if head != old or everything:
                     os.close(self._write_beside(head, old, data, everything))
                     os.rename(_beside_path(path), path)
@@ -219,7 +217,7 @@ class IntentBitmap:
         """
         check_disks(disks)
         old = self._mapped.head
-        head = lay_out(disks, 0, old, anew) if like is None else like.mapped.head
+        head = lay_out(disks, old, anew) if like is None else like.mapped.head
         with _told(self.path):
             fd = self._write_beside(head, old, self._mapped.memory, "")
             try:

@@ -54,14 +54,14 @@ def head_bytes(disks: int) -> int:
     return _round_up(_FIXED.size + disks * _ENTRY.size + _CRC.size)
 
 
-def lay_out(disks: Sequence[tuple[str, int]], next_index: int, known: Head, anew: Set[str] = frozenset()) -> Head:
+def lay_out(disks: Sequence[tuple[str, int]], known: Head, anew: Set[str] = frozenset()) -> Head:
     """Return the fixed part of a file for `disks`, each a name and a size in bytes.
 
-    Disks in `known` keep their indexes, unless their name is in `anew`. Others are numbered from `next_index` on, or
-    from the first that was never given out. Raises `DrCloudError` if there is no index left.
+    Disks in `known` keep their indexes, unless their name is in `anew`. Others get indexes that were never given out.
+    Raises `DrCloudError` if there is none left.
     """
     indexes = {entry.disk.name: entry.disk.index for entry in known.entries if entry.disk.name not in anew}
-    next_index = max(next_index, known.next_index)
+    next_index = known.next_index
     entries = []
     offset = head_bytes(len(disks)) + PAGE_BYTES
     for name, size_bytes in disks:

@@ -43,8 +43,6 @@ class TapOptions(NamedTuple):
     host: str | None = None
     port: int = 0
     queue_bytes_max: int = QUEUE_BYTES_MAX
-    first_index: int = 0
-    """Indexes of new disks begin here."""
 
     def sources(self) -> list[DiskSource]:
         """Return all disks that are to be served now. Raises `DrCloudError`."""
@@ -105,7 +103,7 @@ async def _open(options: TapOptions) -> DiskSet:
     disks = await open_disks(sources)
     try:
         sizes = [(source.name, disks[source.name].size_bytes) for source in sources]
-        bitmaps = open_bitmaps(options.state, sizes, options.copies, first_index=options.first_index)
+        bitmaps = open_bitmaps(options.state, sizes, options.copies)
     except BaseException:
         await close_all(disks.values())
         raise

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.journal import Disk
 from dr_cloud.tap import bits as bits_module
+from dr_cloud.tap import head as head_module
 from dr_cloud.tap.bitmap import SEQUENCE_MARGIN, IntentBitmap, copy_path, open_bitmaps
 from dr_cloud.tap.bits import EPOCH_A, EPOCH_B, TO_SEND, DiskBits
 
@@ -221,17 +222,13 @@ def test_disks_come_and_go(path: Path) -> None:
     more.close()
 
 
-def test_indexes_begin_where_told(path: Path) -> None:
-    """R5: taps of one VPG number their disks apart; a disk that is known keeps its index."""
-    IntentBitmap(path, [("a", 40 * KIB)], boot=BOOT, first_index=7).close()
-    again = IntentBitmap(path, [("b", 40 * KIB), ("a", 40 * KIB)], boot=BOOT, first_index=20)
-    assert [(bits.disk.name, bits.disk.index) for bits in again.disks] == [("b", 20), ("a", 7)]
-    again.close()
-    last = IntentBitmap(path, [("a", 40 * KIB), ("c", 40 * KIB)], boot=BOOT, first_index=0xFFFF)
-    assert [bits.disk.index for bits in last.disks] == [7, 0xFFFF]
-    last.close()
-    with pytest.raises(DrCloudError, match="index over 65535"):
-        IntentBitmap(path, [("a", 40 * KIB), ("d", 40 * KIB)], boot=BOOT)
+def test_indexes_come_to_an_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "DISK_INDEX_MAX", 1)
+    IntentBitmap(path, [("a", 40 * KIB)], boot=BOOT).close()
+    IntentBitmap(path, [("b", 40 * KIB)], boot=BOOT).close()
+    with pytest.raises(DrCloudError, match="index over 1"):
+        IntentBitmap(path, [("b", 40 * KIB), ("c", 40 * KIB)], boot=BOOT)
+    IntentBitmap(path, [("b", 40 * KIB)], boot=BOOT).close()
 
 
 def test_many_disks_need_more_than_a_page_of_head(path: Path) -> None:
