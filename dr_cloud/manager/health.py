@@ -66,6 +66,11 @@ def lag_now(lag_seconds: float | None, reported_ns: int, now_ns: int) -> float |
     return lag_seconds if age_ns < STALE_NS else lag_seconds + age_ns / SECOND_NS
 
 
+def history_seconds(newest_ns: int | None, horizon_ns: int | None) -> float:
+    """Return how far back a journal goes from its newest time."""
+    return max(0.0, (newest_ns - horizon_ns) / SECOND_NS) if newest_ns is not None and horizon_ns is not None else 0.0
+
+
 def promised_seconds(history_hours: float) -> float:
     """Return the promised history."""
     return history_hours * 3600

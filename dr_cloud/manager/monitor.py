@@ -22,6 +22,7 @@ from dr_cloud.manager.health import (
     Judgement,
     TargetFacts,
     forecast,
+    history_seconds,
     judge_link,
     judge_target,
     judge_vdsa,
@@ -234,12 +235,12 @@ class Monitor:
             place = (row.site, row.placed_datastore)
             if place not in free:
                 free[place] = self._free(*place)
-            seconds = _history(row.newest_ns, row.horizon_ns)
+            seconds = history_seconds(row.newest_ns, row.horizon_ns)
             rates[place] = rates.get(place, 0.0) + (row.journal_bytes / seconds if seconds > 0 else 0.0)
         told: dict[str, list[tuple[tables.VpgTarget, float | None]]] = {}
         for row, hours in rows:
             place = (row.site, row.placed_datastore)
-            seconds = _history(row.newest_ns, row.horizon_ns)
+            seconds = history_seconds(row.newest_ns, row.horizon_ns)
             expected = forecast(seconds, promised_seconds(hours), free[place], rates[place])
             if expected != row.forecast_seconds and self._answers_for(row.enterprise):
                 told.setdefault(row.enterprise, []).append((row, expected))
@@ -276,10 +277,6 @@ class Monitor:
                 path.unlink(missing_ok=True)
 
 
-def _history(newest_ns: int | None, horizon_ns: int | None) -> float:
-    return max(0.0, (newest_ns - horizon_ns) / SECOND_NS) if newest_ns is not None and horizon_ns is not None else 0.0
-
-
 def _facts(row: Any, subject: str, now_ns: int) -> TargetFacts:
     return TargetFacts(
         subject=subject,
@@ -288,7 +285,7 @@ def _facts(row: Any, subject: str, now_ns: int) -> TargetFacts:
         promised_seconds=promised_seconds(row.history_hours),
         age_seconds=(now_ns - row.created_ns) / SECOND_NS,
         lag_seconds=lag_now(row.lag_seconds, row.reported_ns, now_ns),
-        history_seconds=_history(row.newest_ns, row.horizon_ns),
+        history_seconds=history_seconds(row.newest_ns, row.horizon_ns),
         forecast_seconds=row.forecast_seconds,
         problem=row.problem or row.target_problem,
     )

@@ -7,7 +7,7 @@ which of a tap's copies goes to a target, so it must be free on every server of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from sqlalchemy import func, select, tuple_
@@ -232,11 +232,9 @@ def missing_of(
     return "; ".join(found)
 
 
-def parties_of(vpg: tables.Vpg, config: ProviderConfig, targets: Iterable[tables.VpgTarget] = ()) -> list[Party]:
-    """Return who follows orders about this VPG (and about `targets` that it had)."""
-    parties = [source_party(vpg)]
-    parties += [target_party(target) for target in (*vpg.targets, *targets)]
-    return list(dict.fromkeys(parties))
+def parties_of(vpg: tables.Vpg) -> list[Party]:
+    """Return who follows orders about this VPG."""
+    return [source_party(vpg), *(target_party(target) for target in vpg.targets)]
 
 
 def source_party(vpg: tables.Vpg) -> Party:

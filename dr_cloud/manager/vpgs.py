@@ -31,7 +31,6 @@ from dr_cloud.manager.tenancy import EVERYONE
 from dr_cloud.manager.vpgview import target_gone, vpg_view
 from dr_cloud.model.cloud import Page, PageRequest, Vpg, VpgFilter
 from dr_cloud.model.errors import ConflictError, InvalidError
-from dr_cloud.model.ids import check_name
 from dr_cloud.model.principal import Principal
 from dr_cloud.model.provider import ProviderConfig
 from dr_cloud.model.task import Task, TaskStatus
@@ -243,7 +242,6 @@ class Vpgs(Operations):
             center = config.data_center(target.site)
             if center is None:
                 raise missing("data center", target.site)
-            check_name(target.host, "host")
             load = self._load(target.site)
             return choose(center, target.host, target.datastore, load, to_provider=who.enterprise is None)
 
@@ -300,7 +298,7 @@ class Vpgs(Operations):
         """Add the task that tells everyone concerned, and waits for them."""
         change.registry = True
         change.event("vpg", row.name, status=row.status)
-        parties = list(dict.fromkeys([*parties_of(row, self._context.config), *(had or [])]))
+        parties = list(dict.fromkeys([*parties_of(row), *(had or [])]))
         task = change.task(type_, inputs, vpg=row.name, site=row.source_site)
         task.state = {"parties": [list(party) for party in parties]}
         return view(task)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
-from dr_cloud.manager.health import lag_now, promised_seconds
+from dr_cloud.manager.health import history_seconds, lag_now, promised_seconds
 from dr_cloud.model.cloud import Vpg, VpgDisk, VpgTarget
 from dr_cloud.model.provider import ProviderConfig
-from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.vpg import VpgSettings, VpgStatus, state_of
 
 
@@ -46,7 +45,7 @@ def _target(row: tables.VpgTarget, settings: VpgSettings, now_ns: int, to_provid
         newest_ns=row.newest_ns,
         horizon_ns=row.horizon_ns,
         journal_bytes=row.journal_bytes or 0,
-        history_seconds=history_seconds(row),
+        history_seconds=history_seconds(row.newest_ns, row.horizon_ns),
         history_promised_seconds=promised_seconds(settings.history_hours),
         history_forecast_seconds=row.forecast_seconds,
         servers={str(name): str(state) for name, state in (row.taps or {}).items()},
@@ -54,13 +53,6 @@ def _target(row: tables.VpgTarget, settings: VpgSettings, now_ns: int, to_provid
         skipped=row.skipped or 0,
         resyncs=row.resyncs or 0,
     )
-
-
-def history_seconds(row: tables.VpgTarget) -> float:
-    """Return how far back the journal goes from its newest time."""
-    if row.newest_ns is None or row.horizon_ns is None:
-        return 0.0
-    return max(0.0, (row.newest_ns - row.horizon_ns) / SECOND_NS)
 
 
 def target_gone(session: Session, config: ProviderConfig, target: tables.VpgTarget) -> str:

@@ -93,11 +93,11 @@ class Watch(Pairings, Dispatch):
                 if server is not None:
                     server.analysis, server.analysed_ns = analysis.model_dump(mode="json"), now_ns
             for source in report.sources:
-                target = _target(session, enterprise, source)
+                target = _target(session, source)
                 if target is not None and _vpg(session, target).source_site == site:
                     _take_source(target, source, now_ns)
             for kept in report.targets:
-                target = _target(session, enterprise, kept)
+                target = _target(session, kept)
                 if target is not None and target.site == site:
                     _take_target(target, kept, now_ns)
             wanted = select(tables.Vpg).where(tables.Vpg.source_site == site)
@@ -119,11 +119,11 @@ class Watch(Pairings, Dispatch):
             row.last_seen_ns, row.followed_revision = now_ns, report.revision
             row.problem = "; ".join(problem for told in report.hosts if (problem := told.problem))[:1024]
             for source in report.sources:
-                target = _target(session, source.scope.enterprise, source)
+                target = _target(session, source)
                 if target is not None and source_party(_vpg(session, target)) == party:
                     _take_source(target, source, now_ns)
             for kept in report.targets:
-                target = _target(session, kept.scope.enterprise, kept)
+                target = _target(session, kept)
                 if target is not None and (target.site, target.placed_host, target.in_center) == (
                     data_center,
                     host,
@@ -141,11 +141,12 @@ class Watch(Pairings, Dispatch):
     def _take_center_servers(
         self, session: Session, data_center: str, here: Any, seen: Sequence[SeenServer], now_ns: int
     ) -> None:
-        """A server in a data center is known only as the member of a VPG: nothing else tells whose it is."""
-        by_name = {server.name: server for server in seen}
+        """A server in a data center is known as the member of a VPG. Two enterprises' may have one name."""
+        known = {(server.enterprise, server.name): server for server in seen}
         owned: dict[str, list[SeenServer]] = {}
         for vpg in session.scalars(here.options(selectinload(tables.Vpg.members))):
-            found = [by_name[member.server] for member in vpg.members if member.server in by_name]
+            keys = [(vpg.enterprise, member.server) for member in vpg.members]
+            found = [known[key] for key in keys if key in known]
             owned.setdefault(vpg.enterprise, []).extend(found)
         for enterprise, servers in owned.items():
             _take_servers(session, enterprise, data_center, servers, now_ns)
@@ -262,9 +263,8 @@ def _take_servers(session: Session, enterprise: str, site: str, seen: Sequence[S
             row.host, row.disks, row.last_seen_ns = server.host, disks, now_ns
 
 
-def _target(session: Session, enterprise: str, told: SourceReport | TargetReport) -> tables.VpgTarget | None:
-    if told.scope.enterprise != enterprise:
-        return None
+def _target(session: Session, told: SourceReport | TargetReport) -> tables.VpgTarget | None:
+    """Return the row that a report is about. To a session of another enterprise it is not there."""
     return session.get(tables.VpgTarget, tuple(told.scope))
 
 
