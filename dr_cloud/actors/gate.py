@@ -42,9 +42,10 @@ from dr_cloud.link.purpose import LOGS, REPLICATION, replication_arguments, repl
 from dr_cloud.link.rpc import Params
 from dr_cloud.link.session import ChannelStream, Session, refuse_channels
 from dr_cloud.link.stream import Message, MessageStream
-from dr_cloud.model.cloud import Renewal, Route
+from dr_cloud.model.cloud import Route
 from dr_cloud.model.errors import DrCloudError, ForbiddenError, NotFoundError, ProtocolError, UnavailableError
 from dr_cloud.model.ids import Scope
+from dr_cloud.model.pairing import Renewal
 from dr_cloud.model.replication import LogAnswer, LogRequest, SiteOrders, SiteReport
 from dr_cloud.seal.identity import Peer
 

@@ -18,9 +18,9 @@ from dr_cloud.manager.enterprises import hashed
 from dr_cloud.manager.operations import Operations, missing
 from dr_cloud.manager.sites import site_view
 from dr_cloud.manager.tenancy import EVERYONE
-from dr_cloud.model.cloud import NewPairing, Renewal, Site
+from dr_cloud.model.cloud import NewPairing, Site
 from dr_cloud.model.errors import ForbiddenError, InvalidError, UnauthenticatedError
-from dr_cloud.model.pairing import PairAnswer, PairingToken, PairRequest
+from dr_cloud.model.pairing import PairAnswer, PairingToken, PairRequest, Renewal
 from dr_cloud.model.principal import Principal, Role
 from dr_cloud.model.units import SECOND_NS
 

@@ -168,9 +168,7 @@ class DataCenter(_View):
     location: str
     contact: str
     hosts: list[Place]
-    """Hosts and clusters."""
     datastores: list[Place]
-    """Datastores and pools."""
 
 
 class VpgDisk(_View):
@@ -283,7 +281,6 @@ class InsertedCheckpoint(_View):
     description: str
     inserted_ns: int
     targets: list[str]
-    """The targets that were asked."""
     arrived: dict[str, CheckpointView] = {}
     """By target: the checkpoint, durable in its journal."""
 
@@ -340,7 +337,6 @@ class RecoveryTest(_View):
     """The NBD URIs of each disk, by the disk's name, while it runs."""
     started_ns: int
     running_ns: int | None = None
-    """When it began to serve."""
     stopped_ns: int | None = None
     seconds: float | None = None
     """From its start to its end."""
@@ -398,13 +394,6 @@ class NewPairing(_View):
     """`drp1.…`: shown this once."""
 
 
-class Renewal(_View):
-    """A new certificate for a site that is paired."""
-
-    certificate: str
-    serial: str
-
-
 AlertKind = Literal["lag", "history", "history-critical", "link", "vdsa", "checkpoint", "replication"]
 
 
@@ -439,7 +428,6 @@ class Health(_View):
     at_ns: int
     sites: list[SiteHealth]
     vpgs: dict[VpgStatus, int]
-    """How many there are in each status."""
     alerts: list[Alert]
     """Those that are raised, newest first, at most a thousand."""
     lag_seconds_max: float | None

@@ -73,3 +73,12 @@ class PairAnswer(_Record):
     enterprise_key: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
     serial: str
     """The certificate's, in hexadecimal."""
+
+
+class Renewal(_Record):
+    """A new certificate for a site that is paired."""
+
+    certificate: str
+    """PEM."""
+    serial: str
+    """Hexadecimal."""

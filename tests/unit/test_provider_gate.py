@@ -16,9 +16,10 @@ from dr_cloud.actors.gate import Gate, Target, relay
 from dr_cloud.link.messages import Hello, encode_control
 from dr_cloud.link.purpose import LOGS, REPLICATION, replication_arguments
 from dr_cloud.link.session import ChannelStream, Session
-from dr_cloud.model.cloud import Renewal, Route
+from dr_cloud.model.cloud import Route
 from dr_cloud.model.errors import DrCloudError, ForbiddenError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
+from dr_cloud.model.pairing import Renewal
 from dr_cloud.model.replication import LogRequest, SiteOrders, SiteReport
 from dr_cloud.seal.identity import Peer
 
