@@ -16,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import ray
 import structlog
@@ -96,6 +97,21 @@ def node_address() -> str:
     """Return the address of this node, by which actors on others reach it."""
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
+
+
+class Where(NamedTuple):
+    """Where an actor runs."""
+
+    pid: int
+    node: str
+    labels: dict[str, str]
+
+
+def whereabouts() -> Where:
+    """Return where this actor runs."""
+    context = ray.get_runtime_context()
+    labels = {name: str(value) for name, value in context.get_node_labels().items()}
+    return Where(os.getpid(), context.get_node_id(), labels)
 
 
 def start_ray(address: str, provider: str) -> Placement:

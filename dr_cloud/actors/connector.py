@@ -9,14 +9,13 @@ Crash recovery
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from typing import Final
 
 import ray
 import structlog
 
-from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, node_address
+from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, Where, node_address, whereabouts
 from dr_cloud.actors.gate import Ask, Gate, Office
 from dr_cloud.actors.inner import Inner
 from dr_cloud.actors.logs import start_log
@@ -101,9 +100,9 @@ class Door:
         self._wait_open(START_SECONDS)
         return self._inner_address
 
-    def process(self) -> int:
-        """Return the process id."""
-        return os.getpid()
+    def where(self) -> Where:
+        """Return where it runs."""
+        return whereabouts()
 
     def orders_changed(self, site: str) -> None:
         """Fetch the orders of a site, and send them on."""

@@ -222,7 +222,7 @@ class RayFabric:
     def deploy_vdsa(self, data_center: str, host: str) -> None:
         """Make sure that a VDSA runs on a host. One that is an enterprise's own is started when it is needed."""
         vdsa = self.start_vdsa(data_center, host)
-        ask_again(lambda: vdsa.process.remote(), f"the VDSA of {host}", START_SECONDS)
+        ask_again(lambda: vdsa.where.remote(), f"the VDSA of {host}", START_SECONDS)
 
     def undeploy_vdsa(self, data_center: str, host: str) -> None:
         """Make sure that none does."""

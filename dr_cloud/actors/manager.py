@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ import ray
 import structlog
 from pydantic import BaseModel, ConfigDict
 
-from dr_cloud.actors.cluster import START_SECONDS
+from dr_cloud.actors.cluster import START_SECONDS, Where, whereabouts
 from dr_cloud.actors.connector import Connector, Door
 from dr_cloud.actors.divided import DividedCloud, Key, carry_out
 from dr_cloud.actors.fabric import RayFabric, free_port
@@ -46,7 +45,7 @@ from dr_cloud.manager.db import migrate, open_engine
 from dr_cloud.manager.registry import rebuild
 from dr_cloud.manager.tenancy import Database
 from dr_cloud.model.cloud import PAGE_LIMIT_MAX, PageRequest, TokenRequest
-from dr_cloud.model.errors import ConflictError, ForbiddenError, UnavailableError
+from dr_cloud.model.errors import ConflictError, DrCloudError, ForbiddenError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.principal import Role
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig
@@ -57,6 +56,8 @@ from dr_cloud.store.open import open_store
 
 _ADMIN_LIFETIME_SECONDS: Final = 365 * 86400
 _RETRY_SECONDS: Final = 1.0
+_PATIENCE_SECONDS: Final = 15.0
+"""A former self may hold a port for a moment."""
 ADMIN_TOKEN: Final = "admin-token"
 _INBOUND: Final = frozenset(
     {
@@ -160,12 +161,15 @@ class Core:
         threading.Thread(target=run, name="start", daemon=True).start()
 
     def wait_open(self, timeout_seconds: float) -> None:
-        """Wait until all steps have succeeded. Raises what stands in the way."""
-        deadline = time.monotonic() + timeout_seconds
+        """Wait until all steps have succeeded. Raises what stands in the way, and does not go away by itself."""
+        begun = time.monotonic()
         while not self._open.wait(0.1):
-            if self.problem is not None:
-                raise self.problem
-            if time.monotonic() > deadline:
+            problem, seconds = self.problem, time.monotonic() - begun
+            if isinstance(problem, UnavailableError) and seconds > _PATIENCE_SECONDS:
+                raise DrCloudError(str(problem), problem.remedy)
+            if problem is not None and not isinstance(problem, UnavailableError):
+                raise problem
+            if seconds > timeout_seconds:
                 raise UnavailableError(f"the manager is not open after {timeout_seconds:g} s", "Look at its log.")
 
     def close(self) -> None:
@@ -297,9 +301,9 @@ class CloudManager:
             raise ForbiddenError(f"{method} is not for connectors and VDSAs")
         return getattr(self._core.cloud, method)(*arguments)
 
-    def process(self) -> int:
-        """Return the process id."""
-        return os.getpid()
+    def where(self) -> Where:
+        """Return where it runs."""
+        return whereabouts()
 
     def stop(self) -> None:
         """End the API and what runs by itself; the actor is of no use afterwards."""
@@ -326,6 +330,11 @@ class EnterpriseManager(Door):
         if first:
             core.fabric.take_over()
         cloud.start()
+
+    def ready(self) -> str:
+        """Wait until manager and door are open; return the door's inner address."""
+        self._core.wait_open(START_SECONDS)
+        return super().ready()
 
     async def _ask_core(self, method: str, *arguments: Any) -> Any:
         def carry_out() -> Any:

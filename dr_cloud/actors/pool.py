@@ -83,8 +83,8 @@ class StackPool:
     def wait_until_ready(self) -> list[int]:
         """Wait until every idle actor is ready; return their process ids."""
         with self._lock:
-            references = [actor.ready.remote() for actor in self._fresh]
-        return [ask(reference, "an idle stack", _START_SECONDS) for reference in references]
+            references = [actor.where.remote() for actor in self._fresh]
+        return [ask(reference, "an idle stack", _START_SECONDS).pid for reference in references]
 
     def take(self, enterprise: str) -> Any:
         """Return an idle actor for a test of `enterprise`: one that served it before, or one that served nobody."""

@@ -7,13 +7,13 @@ that held one tenant's data or keys is not given to the next.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 
 import ray
 from pydantic import BaseModel, ConfigDict
 
+from dr_cloud.actors.cluster import Where, whereabouts
 from dr_cloud.actors.node import LoopThread, NodeSettings, Stores
 from dr_cloud.journal.reader import JournalReader
 from dr_cloud.model.errors import ConflictError, NotFoundError
@@ -62,9 +62,9 @@ class StackActor:
         self._writelogs = settings.work_dir / "writelogs"
         self._writelogs.mkdir(exist_ok=True, mode=0o700)
 
-    def ready(self) -> int:
-        """Answer once the actor is idle, with its process id."""
-        return os.getpid()
+    def where(self) -> Where:
+        """Return where it runs."""
+        return whereabouts()
 
     def opened(self) -> OpenedStack | None:
         """Return the test that is served; None if none is."""

@@ -15,20 +15,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ray
 import structlog
 
-from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, Placement, ask, ask_again, start_ray
+from dr_cloud.actors.cluster import START_SECONDS, Placement, ask, ask_again, start_ray
 from dr_cloud.actors.manager import ADMIN_TOKEN, CloudManager, Ready
 from dr_cloud.actors.settings import MANAGER, ProviderSettings
 from dr_cloud.model.errors import ConflictError, DrCloudError
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, load_yaml
 
 _READY_SECONDS: Final = 300.0
+_THERE_SECONDS: Final = 3.0
 
 _log = structlog.get_logger(__name__)
 
@@ -100,17 +101,22 @@ class RunningProvider:
             ask(self._placement.find(MANAGER).stop.remote(), "the manager", START_SECONDS)
         self._placement.end(MANAGER)
         names = [name for name in self._placement.names() if name != MANAGER]
-        asked = []
-        for name in names:
-            if not name.startswith("stack/"):
-                with contextlib.suppress(DrCloudError):
-                    asked.append((name, self._placement.find(name).stop.remote()))
-        for name, reference in asked:
+        for name, reference in self._stopping([name for name in names if not name.startswith("stack/")]):
             try:
-                ask(reference, name, UNHEARD_SECONDS)
+                ask(reference, name)
             except (DrCloudError, ray.exceptions.RayError) as error:
                 _log.warning("provider.not_stopped", actor=name, reason=str(error))
         for name in names:
             self._placement.end(name)
         if self._own_ray:
             ray.shutdown()
+
+    def _stopping(self, names: Sequence[str]) -> list[tuple[str, Any]]:
+        """Have actors stop; return those that were there to hear it. One that waits for a node is not."""
+        heard = []
+        with contextlib.suppress(DrCloudError):
+            actors = {name: self._placement.find(name) for name in names}
+            alive = {actor.where.remote(): name for name, actor in actors.items()}
+            answered, _ = ray.wait(list(alive), num_returns=len(alive), timeout=_THERE_SECONDS) if alive else ([], [])
+            heard = [(name, actors[name].stop.remote()) for name in (alive[reference] for reference in answered)]
+        return heard

@@ -19,7 +19,6 @@ Crash recovery
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -32,7 +31,7 @@ import structlog
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from dr_cloud.actors.cluster import node_address
+from dr_cloud.actors.cluster import Where, node_address, whereabouts
 from dr_cloud.actors.gate import Target
 from dr_cloud.actors.inner import Inner
 from dr_cloud.actors.logs import start_log
@@ -233,9 +232,9 @@ class Vdsa:
 
     # What is asked of it.
 
-    def process(self) -> int:
-        """Return the process id."""
-        return os.getpid()
+    def where(self) -> Where:
+        """Return where it runs."""
+        return whereabouts()
 
     def plans(self, target: TargetOrders, times_ns: Sequence[int]) -> list[ImagePlan]:
         """Return the plans of many images of one scope. Raises `TimeOutOfRangeError`."""

@@ -115,7 +115,7 @@ class Open:
 
     @property
     def pid(self) -> int:
-        return int(ray.get(self.stack.actor.ready.remote()))
+        return int(ray.get(self.stack.actor.where.remote()).pid)
 
     def image(self) -> dict[str, bytes]:
         return {"d": read_disk(self.uri)}
@@ -341,7 +341,7 @@ def test_a_damaged_object_is_an_error_and_nothing_else(world: World) -> None:
                     assert error.errno == errno.EIO
                     wrong.append(block)
         assert 1 <= len(wrong) <= 16
-        pid = ray.get(actor.ready.remote())
+        pid = ray.get(actor.where.remote()).pid
         wait_until(lambda: key in world.log_of(pid), 10)
         assert beside.goes_on()
     finally:
