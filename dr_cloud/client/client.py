@@ -25,6 +25,8 @@ from dr_cloud.model.task import CompletionCode, Task, TaskStatus
 from dr_cloud.model.vpg import ProtectedServer, VpgSettings, VpgState, VpgStatus
 
 M = TypeVar("M", bound=BaseModel)
+_PAGE: Final = 200
+"""How much of a list is fetched at a time."""
 _WAIT_SECONDS: Final = 20.0
 """How long one request for a wait may take; longer waits ask again."""
 
@@ -65,7 +67,7 @@ class Client:
         return kind.model_validate_json(self._session.call("GET", path, parameters=parameters).content)
 
     def _pages(self, kind: type[M], path: str, parameters: Parameters | None = None) -> Iterator[M]:
-        answer = self._session.call("GET", path, parameters={"limit": c.PAGE_LIMIT_MAX} | dict(parameters or {}))
+        answer = self._session.call("GET", path, parameters={"limit": _PAGE} | dict(parameters or {}))
         while True:
             yield from c.Page[kind].model_validate_json(answer.content).items  # type: ignore[valid-type]
             following = next_path(answer)
