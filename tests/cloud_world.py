@@ -18,7 +18,7 @@ from dr_cloud.manager.fabric import ServedStack
 from dr_cloud.model.cloud import LogRequest, Route, TokenRequest
 from dr_cloud.model.errors import DrCloudError, TimeOutOfRangeError
 from dr_cloud.model.ids import Scope
-from dr_cloud.model.journal import Checkpoint, Disk
+from dr_cloud.model.journal import Checkpoint, Disk, Write
 from dr_cloud.model.principal import Principal, Role
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, SiteConfig
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, SourceReport, TargetReport
@@ -112,6 +112,12 @@ class QuietFabric:
         self._call("checkpoints", *route.scope)
         return list(self.journals.get(route.scope, []))
 
+    def writes(self, route: Route, since_ns: int, until_ns: int, limit: int) -> Sequence[Write]:
+        """One write for each checkpoint, a nanosecond before it."""
+        self._call("writes", *route.scope)
+        times = [checkpoint.time_ns - 1 for checkpoint in self.journals.get(route.scope, [])]
+        return [Write(time_ns=t, blocks=1, exact=True) for t in times if since_ns <= t <= until_ns][:limit]
+
     def insert_checkpoint(self, route: Route, tag: str, description: str) -> str:
         self._call("insert_checkpoint", *route.scope, tag, description)
         return f"request-{next(self._requests)}"
@@ -175,6 +181,8 @@ class World:
         self.url = url or f"sqlite:///{folder / 'manager.db'}"
         self.fabric = QuietFabric()
         self.clock = Clock()
+        self._told = 0
+        self._busy: set[tuple[str, str]] = set()
         self.store = store if store is not None else open_memory()
         self.keyring = Keyring(folder / "keyring.json")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -308,10 +316,17 @@ class World:
                 return found
             self.clock.pass_seconds(0.25)
             self.report(enterprise)
-            for center in CONFIG.data_centers:
-                for host in center.hosts:
-                    self.report_host(center.name, host.name)
+            for data_center, host in self._concerned():
+                self.report_host(data_center, host)
         raise AssertionError(f"the task does not end: {found}")
+
+    def _concerned(self) -> set[tuple[str, str]]:
+        """Return the hosts that were told of new orders, and those that replicate: nobody waits for the others."""
+        told = self.fabric.asked("host_orders_changed")
+        new, self._told = told[self._told :], len(told)
+        self._busy |= {(data_center, host) for data_center, host in new}
+        self._busy = {place for place in self._busy if place in new or self.cloud.host_orders(*place).targets}
+        return set(self._busy)
 
     def done(self, task: Task, enterprise: str = "acme") -> Task:
         """Do so, and see that it ended well."""

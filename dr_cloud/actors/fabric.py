@@ -34,7 +34,7 @@ from dr_cloud.manager.fabric import ServedStack
 from dr_cloud.model.cloud import LogRequest, Route
 from dr_cloud.model.errors import DrCloudError, LimitError, UnavailableError
 from dr_cloud.model.ids import Scope
-from dr_cloud.model.journal import Checkpoint, ImagePlan
+from dr_cloud.model.journal import Checkpoint, ImagePlan, Write
 from dr_cloud.model.replication import LogRequest as SiteLogRequest
 from dr_cloud.model.replication import TargetOrders
 from dr_cloud.seal.identity import replace_file
@@ -243,6 +243,14 @@ class RayFabric:
         """Return every checkpoint of a scope, ascending."""
         vdsa = self._vdsa_of(route)
         found: list[Checkpoint] = ask_again(lambda: vdsa.checkpoints.remote(_orders(route)), "the VDSA", PLAN_SECONDS)
+        return found
+
+    def writes(self, route: Route, since_ns: int, until_ns: int, limit: int) -> Sequence[Write]:
+        """Return the first `limit` writes of a scope with `since_ns` ≤ time ≤ `until_ns`, ascending."""
+        vdsa = self._vdsa_of(route)
+        found: list[Write] = ask_again(
+            lambda: vdsa.writes.remote(_orders(route), since_ns, until_ns, limit), "the VDSA", PLAN_SECONDS
+        )
         return found
 
     def insert_checkpoint(self, route: Route, tag: str, description: str) -> str:

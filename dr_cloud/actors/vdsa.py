@@ -25,10 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import ray
 import structlog
-from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from dr_cloud.actors.cluster import Where, node_address, whereabouts
@@ -38,10 +36,11 @@ from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.node import LoopThread, NodeSettings, Stores
 from dr_cloud.actors.settings import AskManager, ProviderSettings
 from dr_cloud.journal.reader import JournalReader
+from dr_cloud.journal.writes import list_writes
 from dr_cloud.link.stream import MessageStream
 from dr_cloud.model.errors import DrCloudError, NotFoundError
 from dr_cloud.model.ids import Scope
-from dr_cloud.model.journal import Checkpoint, ImagePlan
+from dr_cloud.model.journal import Checkpoint, ImagePlan, Write
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, TargetOrders
 from dr_cloud.seal.identity import replace_file
 from dr_cloud.seal.keyring import Keyring
@@ -274,22 +273,16 @@ class Vdsa:
 
         return self._loop.call(status())
 
-    def write_times(self, target: TargetOrders, after_ns: int, until_ns: int) -> NDArray[np.uint64]:
-        """Return the times, ascending and each once, of all writes with `after_ns` < time ≤ `until_ns`."""
-        checkpoints = self.checkpoints(target)
-        spans = zip([None, *checkpoints], checkpoints, strict=False)
-        refs = [
-            ref
-            for before, checkpoint in spans
-            if checkpoint.time_ns > after_ns and (before is None or before.time_ns < until_ns)
-            for ref in checkpoint.objects
-        ]
+    def writes(self, target: TargetOrders, since_ns: int, until_ns: int, limit: int) -> list[Write]:
+        """Return the first `limit` writes of a scope with `since_ns` ≤ time ≤ `until_ns`, ascending."""
+        self.admit([target])
         scope = target.scope
-        store = self._stores.at(target.store)
-        reader = JournalReader(store, self._keyring.vpg_keys(scope), scope, checkpoints[-1].generations)
-        times = [reader.rows(ref)["time_ns"] for ref in refs if ref.rows]
-        found = np.unique(np.concatenate(times)) if times else np.empty(0, np.uint64)
-        return found[(found > after_ns) & (found <= until_ns)]
+        catalogue = self._loop.call(self._vdsa.catalogue(scope))
+        if catalogue.newest is None:
+            return []
+        keys = self._keyring.vpg_keys(scope)
+        reader = JournalReader(self._stores.at(target.store), keys, scope, catalogue.newest.generations)
+        return list_writes(catalogue, reader, since_ns, until_ns, limit)
 
     def stop(self) -> None:
         """Finish what is under way and close; the actor is of no use afterwards."""

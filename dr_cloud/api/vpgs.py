@@ -12,8 +12,10 @@ from starlette.concurrency import run_in_threadpool
 
 from dr_cloud.api.deps import AnyTenant, IdPart, Linked, Manager, NamePart, OnlyOnce, Tenant, Waiting, Who, part
 from dr_cloud.model import cloud as c
+from dr_cloud.model.journal import Write
 from dr_cloud.model.provider import Name
 from dr_cloud.model.task import Task
+from dr_cloud.model.units import TIME_NS_MAX
 from dr_cloud.model.vpg import ProtectedServer, VpgSettings, VpgState, VpgStatus
 
 router = APIRouter()
@@ -32,6 +34,15 @@ class CheckpointQuery(c.CheckpointFilter, c.PageRequest):
 
     target: Name | None = None
     """None: the only one there is, or all."""
+
+
+class WriteQuery(c.PageRequest):
+    """Which writes are wanted. Oldest first."""
+
+    since_ns: c.TimeNs = 0
+    until_ns: c.TimeNs = TIME_NS_MAX
+    target: Name | None = None
+    """None: the only one there is."""
 
 
 class Pause(BaseModel):
@@ -182,6 +193,15 @@ def checkpoints(
     """List a protection group's checkpoints."""
     which, page = part(query, c.CheckpointFilter), part(query, c.PageRequest)
     return links.of(cloud.checkpoints(who, enterprise, vpg, query.target, which, page))
+
+
+@router.get(_VPG + "/writes", tags=["checkpoints"])
+def writes(
+    cloud: Manager, who: Who, enterprise: Tenant, vpg: NamePart, query: Annotated[WriteQuery, Query()], links: Linked
+) -> c.Page[Write]:
+    """List when was written, as a journal tells it: the times to choose from when the last clean one is searched."""
+    page = part(query, c.PageRequest)
+    return links.of(cloud.writes(who, enterprise, vpg, query.target, query.since_ns, query.until_ns, page))
 
 
 @router.post(_VPG + "/checkpoints", status_code=202, tags=["checkpoints"])

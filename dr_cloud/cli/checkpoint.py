@@ -35,6 +35,19 @@ def list_checkpoints(
     call.out.rows(rows, "target number time_ns exact_from_ns kind tag description testable")
 
 
+@command(app, "writes")
+def writes(
+    call: Call,
+    vpg: Vpg,
+    target: Annotated[str | None, typer.Option(help="As the journal at this target tells it.")] = None,
+    since: Since = "",
+    until: Until = "",
+) -> None:
+    """List when was written: the times to choose from when the last clean one is searched."""
+    rows = call.client.writes(vpg, target, time_or_none(since), time_or_none(until))
+    call.out.rows(rows, "time_ns blocks exact")
+
+
 def _told(call: Call, seen: InsertedCheckpoint) -> None:
     if not seen.complete:
         missing = ", ".join(sorted(set(seen.targets) - set(seen.arrived)))

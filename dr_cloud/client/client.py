@@ -19,6 +19,7 @@ from dr_cloud.client.events import EventSource
 from dr_cloud.client.session import Parameters, Session, next_path
 from dr_cloud.model import cloud as c
 from dr_cloud.model.errors import LimitError
+from dr_cloud.model.journal import Write
 from dr_cloud.model.pairing import PairAnswer, PairRequest
 from dr_cloud.model.provider import EnterpriseConfig
 from dr_cloud.model.task import CompletionCode, Task, TaskStatus
@@ -268,6 +269,13 @@ class Client:
         """List a protection group's checkpoints."""
         parameters = _dump(which) | {"target": target}
         return self._pages(c.CheckpointView, self._own("vpgs", vpg, "checkpoints"), parameters)
+
+    def writes(
+        self, vpg: str, target: str | None = None, since_ns: int | None = None, until_ns: int | None = None
+    ) -> Iterator[Write]:
+        """List when was written, as the journal at a target tells it, oldest first."""
+        parameters = {"target": target, "since_ns": since_ns, "until_ns": until_ns}
+        return self._pages(Write, self._own("vpgs", vpg, "writes"), parameters)
 
     def insert_checkpoint(self, vpg: str, order: c.CheckpointOrder) -> c.InsertedCheckpoint:
         """Ask for a tagged checkpoint; returns at once."""

@@ -8,7 +8,7 @@ catalogue in memory, so that opening a stack needs no LIST.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -83,6 +83,19 @@ class Catalogue:
         """The latest time that has an image."""
         return self.checkpoints[self._testable[-1]].time_ns if self._testable else None
 
+    def from_time(self, at_ns: int) -> Sequence[Checkpoint]:
+        """Return the checkpoints that can hold writes of this time or later, ascending."""
+        return self.checkpoints[bisect_left(self._times, at_ns) :]
+
+    def exact(self, at_ns: int) -> bool:
+        """Return whether this time has an image of its own."""
+        first = bisect_left(self._times, at_ns)
+        if first == len(self._times):
+            return False
+        # The rows up to at_ns end in checkpoint `first`; later ones of the same time (a writer took over) add none.
+        same_time = self.checkpoints[first : bisect_right(self._times, self._times[first])]
+        return any(c.testable and c.exact_from_ns <= at_ns for c in same_time)
+
     def plan(self, at_ns: int) -> ImagePlan:
         """Return the plan of image(`at_ns`).
 
@@ -99,11 +112,8 @@ class Catalogue:
                 f"the journal of {self.scope.prefix} does not hold {format_time(at_ns)}",
                 f"Choose a time from {format_time(self.horizon_ns)} to {format_time(self.newest_ns)}.",
             )
-        first = bisect_left(self._times, at_ns)
-        # The rows up to at_ns end in checkpoint `first`; later ones of the same time (a writer took over) add none.
-        same_time = self.checkpoints[first : bisect_right(self._times, self._times[first])]
-        if any(c.testable and c.exact_from_ns <= at_ns for c in same_time):
-            return self._plan(self.checkpoints[first], at_ns, at_ns, "")
+        if self.exact(at_ns):
+            return self._plan(self.checkpoints[bisect_left(self._times, at_ns)], at_ns, at_ns, "")
         before = self._testable[bisect_right(self._testable, at_ns, key=self._times.__getitem__) - 1]
         note = (
             f"moved down to the checkpoint before: the order of writes at {format_time(at_ns)} is not known "

@@ -28,8 +28,9 @@ from dr_cloud.model.cloud import (
     Route,
 )
 from dr_cloud.model.errors import ConflictError, DrCloudError
-from dr_cloud.model.journal import Checkpoint
+from dr_cloud.model.journal import Checkpoint, Write
 from dr_cloud.model.principal import Principal
+from dr_cloud.model.units import TIME_NS_MAX
 
 
 class Checkpoints(Watch):
@@ -60,6 +61,27 @@ class Checkpoints(Watch):
         return Page(
             items=found[: page.limit], next_cursor=encode_cursor([found[page.limit - 1].number]) if more else None
         )
+
+    def writes(
+        self,
+        who: Principal,
+        enterprise: str,
+        vpg: str,
+        target: str | None = None,
+        since_ns: int = 0,
+        until_ns: int = TIME_NS_MAX,
+        page: PageRequest = PageRequest(),
+    ) -> Page[Write]:
+        """List when was written, as the journal at one target tells it, oldest first."""
+        with self._read(who, "checkpoint.read", enterprise) as session:
+            row = _row(session, enterprise, vpg)
+            route = self._route(session, only_target(row, target))
+        if page.cursor is not None:
+            since_ns = max(since_ns, decode_cursor(page.cursor, [int])[0] + 1)
+        found = self._context.fabric.writes(route, since_ns, until_ns, page.limit + 1)
+        more = len(found) > page.limit
+        items = list(found[: page.limit])
+        return Page(items=items, next_cursor=encode_cursor([items[-1].time_ns]) if more else None)
 
     def insert_checkpoint(
         self, who: Principal, enterprise: str, vpg: str, order: CheckpointOrder

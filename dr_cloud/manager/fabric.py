@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dr_cloud.model.cloud import LogRequest, Route
 from dr_cloud.model.errors import DrCloudError
-from dr_cloud.model.journal import Checkpoint
+from dr_cloud.model.journal import Checkpoint, Write
 from dr_cloud.stack.stack import StackStatistics
 
 
@@ -64,6 +64,10 @@ class Fabric(Protocol):
 
     def checkpoints(self, route: Route) -> Sequence[Checkpoint]:
         """Return every checkpoint of a scope, ascending; none if its journal was never begun."""
+        ...
+
+    def writes(self, route: Route, since_ns: int, until_ns: int, limit: int) -> Sequence[Write]:
+        """Return the first `limit` writes of a scope with `since_ns` ≤ time ≤ `until_ns`, ascending."""
         ...
 
     def insert_checkpoint(self, route: Route, tag: str, description: str) -> str:

@@ -91,6 +91,16 @@ class Checkpoint(_Record):
         return self.kind in ("auto", "tag")
 
 
+class Write(_Record):
+    """All that was written at one time: a candidate for the last clean one."""
+
+    time_ns: int
+    blocks: int
+    """How many blocks it changed."""
+    exact: bool
+    """Whether this time has an image of its own; else a test of it is moved down to the checkpoint before."""
+
+
 class ImagePlan(_Record):
     """Everything a stack needs to serve image(`at_ns`), without a LIST and without the journal's writer.
 

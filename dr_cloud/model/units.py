@@ -9,6 +9,8 @@ from typing import Final
 from dr_cloud.model.errors import DrCloudError
 
 SECOND_NS: Final = 1_000_000_000
+TIME_NS_MAX: Final = (1 << 63) - 1
+"""What every format and database can hold: in the year 2262."""
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)")
 _SIZE = re.compile(r"(\d+)\s*(|B|KiB|MiB|GiB|TiB)")

@@ -158,6 +158,7 @@ READS = [
     "vpg active-task erp",
     "vpg active-task erp --site acme-hq",
     "checkpoint list erp",
+    "checkpoint writes erp",
     "test list",
     "task list",
     "token list",

@@ -152,25 +152,23 @@ def test_a_server_has_three_copies_at_most(world: World):
     assert [vpg.name for vpg in world.cloud.vpgs(who, "acme").items] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(
-    ("target", "error"),
-    [
+def test_targets_that_cannot_be(world: World):
+    """R8: hosts in clusters and datastores in pools are hidden; another enterprise's site is not there."""
+    who = world.principal("acme")
+    wrong: list[tuple[dict[str, str], type[DrCloudError]]] = [
         ({"site": "nowhere"}, NotFoundError),
         ({"host": "h1"}, NotFoundError),
         ({"datastore": "ds-1"}, NotFoundError),
         ({"host": "h3"}, InvalidError),
         ({"site": "brit-hq"}, NotFoundError),
         ({"site": "acme-hq"}, InvalidError),
-    ],
-)
-def test_targets_that_cannot_be(world: World, target: dict[str, str], error: type[DrCloudError]):
-    """R8: hosts in clusters and datastores in pools are hidden; another enterprise's site is not there."""
-    who = world.principal("acme")
-    wanted = {"name": "dc1", "site": "us-east", "host": "compute", "datastore": "gold"} | target
-    with pytest.raises(error):
-        world.cloud.create_vpg(who, "acme", settings(targets=[wanted]))
+    ]
+    for change, error in wrong:
+        target = {"name": "dc1", "site": "us-east", "host": "compute", "datastore": "gold"} | change
+        with pytest.raises(error):
+            world.cloud.create_vpg(who, "acme", settings(targets=[target]))
+        assert world.cloud.audit(who, "acme").items[0].outcome == "refused"
     assert world.cloud.vpgs(who, "acme").items == []
-    assert world.cloud.audit(who, "acme").items[0].outcome == "refused"
 
 
 def test_territory(world: World):
@@ -281,6 +279,21 @@ def test_both_directions_and_between_data_centers(world: World):
         bad = settings("bad", source_site="us-east", targets=[home.model_copy(update=wrong)])
         with pytest.raises(NotFoundError):
             world.cloud.create_vpg(who, "acme", bad)
+
+
+def test_writes_are_listed_page_by_page(world: World):
+    """R14.2: the times between which the last clean one is searched, oldest first, each once."""
+    who = world.principal("acme")
+    world.protect(who)
+    times = [checkpoint.time_ns - 1 for checkpoint in world.journal(SCOPE, 10)]
+    page = world.cloud.writes(who, "acme", "erp", page=PageRequest(limit=4))
+    assert [write.time_ns for write in page.items] == times[:4]
+    rest = world.cloud.writes(who, "acme", "erp", page=PageRequest(limit=6, cursor=page.next_cursor))
+    assert ([write.time_ns for write in rest.items], rest.next_cursor) == (times[4:], None)
+    between = world.cloud.writes(who, "acme", "erp", "dc1", times[3], times[5])
+    assert [write.time_ns for write in between.items] == times[3:6]
+    with pytest.raises(NotFoundError):
+        world.cloud.writes(who, "acme", "erp", "elsewhere")
 
 
 def test_checkpoints_are_listed_and_made_by_hand(world: World):

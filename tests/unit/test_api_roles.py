@@ -22,7 +22,7 @@ TABLE: list[tuple[set[str], str]] = [
         ALL,
         "enterprises enterprise sites site hosts servers server_report data_centers data_center health alerts events",
     ),
-    (ALL, "vpgs vpg vpg_status vpg_state reverse_settings checkpoints inserted_checkpoint wait_checkpoint"),
+    (ALL, "vpgs vpg vpg_status vpg_state reverse_settings checkpoints writes inserted_checkpoint wait_checkpoint"),
     (ALL, "tests test tasks task wait_task active_task active_task_at_site"),
     (OPERATORS, "pause resume force_sync insert_checkpoint failover rollback_failover"),
     (OPERATORS, "start_tests stop_test discard_tests abort_task collect_logs log_archive"),

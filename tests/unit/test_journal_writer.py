@@ -15,6 +15,7 @@ from dr_cloud.journal.frame import COLUMN_DTYPE, open_frame, seal_frame
 from dr_cloud.journal.reader import JournalReader
 from dr_cloud.journal.verify import verify_object
 from dr_cloud.journal.writer import JournalWriter
+from dr_cloud.journal.writes import list_writes
 from dr_cloud.model.blocks import BLOCK_SIZE, LOCAL_BIT, REGION_BLOCKS
 from dr_cloud.model.errors import DamagedError, FencedError, TimeOutOfRangeError
 from dr_cloud.model.ids import Scope
@@ -256,6 +257,34 @@ def test_a_late_entry_changes_no_image_that_could_be_seen() -> None:
     assert writer.catalogue.plan(1_000_000).objects == writer.catalogue.checkpoints[1].objects
     reader = JournalReader(store, KEYS, SCOPE, checkpoint.generations)
     assert reader.rows(checkpoint.objects[0])["time_ns"].tolist() == [1_000_001]
+
+
+def test_writes_are_listed_from_any_time_on() -> None:
+    """R14.2: every time at which something was written, once, and whether it has an image of its own."""
+    store = open_store("memory:")
+    writer, feeder = open_writer(store), Feeder()
+    writer.commit(writer.cut(500, "auto", {}, exact=False))
+    expected = []
+    for interval in range(1, 5):
+        for at_ns in (interval * 1_000 + 100, interval * 1_000 + 900):
+            writer.append(feeder.frame({1: content(1), 2: content(2)}, time_ns=at_ns), [TAP])
+            # The interval after a synchronisation is exact from its end on only.
+            expected.append((at_ns, 2, interval in (1, 4)))
+        kind = "sync" if interval == 2 else "auto"
+        writer.commit(writer.cut((interval + 1) * 1_000, kind, {}, exact=interval != 2))
+    reader = JournalReader(store, KEYS, SCOPE, writer.catalogue.checkpoints[-1].generations)
+
+    def told(since_ns: int, until_ns: int, limit: int = 100) -> list[tuple[int, int, bool]]:
+        found = list_writes(writer.catalogue, reader, since_ns, until_ns, limit)
+        return [(write.time_ns, write.blocks, write.exact) for write in found]
+
+    assert told(0, 1 << 62) == expected
+    assert told(0, 1 << 62, limit=3) == expected[:3]
+    assert told(1_101, 4_100) == expected[1:7]
+    assert told(1_100, 1_100) == expected[:1]
+    assert told(5_001, 1 << 62) == told(3, 2) == []
+    for write in list_writes(writer.catalogue, reader, 0, 1 << 62, 100):
+        assert (writer.catalogue.plan(write.time_ns).at_ns == write.time_ns) == write.exact
 
 
 def test_times_that_cannot_be_had() -> None:
