@@ -20,6 +20,8 @@ import psycopg
 import pytest
 from cloud_world import World
 
+from dr_cloud.manager.db import migrate, open_engine
+
 ROLE = "manager"
 _names = itertools.count(1)
 
@@ -29,7 +31,7 @@ class Postgres:
 
     def __init__(self, bin_dir: Path) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="drc-pg-"))
-        self._as: list[str] = []
+        self._migrated = False
         user = {}
         if os.geteuid() == 0:
             shutil.chown(self.folder, "postgres", "postgres")
@@ -65,12 +67,24 @@ class Postgres:
         with psycopg.connect(host=str(self.folder), user="owner", dbname="postgres", autocommit=True) as connection:
             connection.execute(statement)
 
-    def create(self, role: str = ROLE) -> tuple[str, Callable[[], None]]:
+    def create(self, role: str = ROLE, template: str = "") -> tuple[str, Callable[[], None]]:
         """Return the URL of a new database, and what drops it."""
         name = f"test{next(_names)}"
-        self._run(f"CREATE DATABASE {name} OWNER {role}")
-        url = f"postgresql://{role}@/{name}?host={self.folder}"
-        return url, lambda: self._run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        self._run(f"CREATE DATABASE {name} OWNER {role} TEMPLATE {template or 'template1'}")
+        return self._url(role, name), lambda: self._run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def create_migrated(self) -> tuple[str, Callable[[], None]]:
+        """Do so, with the schema in it: migrations run once for all."""
+        if not self._migrated:
+            self._run(f"CREATE DATABASE migrated OWNER {ROLE}")
+            engine = open_engine(self._url(ROLE, "migrated"))
+            migrate(engine)
+            engine.dispose()
+            self._migrated = True
+        return self.create(template="migrated")
+
+    def _url(self, role: str, name: str) -> str:
+        return f"postgresql://{role}@/{name}?host={self.folder}"
 
     def stop(self) -> None:
         self._process.terminate()
@@ -100,7 +114,7 @@ def new_world(request: pytest.FixtureRequest, folder: Path) -> Iterator[World]:
     """Give a manager on a new database of the kind `request.param`, with two enterprises."""
     url, drop = "", lambda: None
     if request.param == "postgresql":
-        url, drop = request.getfixturevalue("postgres").create()
+        url, drop = request.getfixturevalue("postgres").create_migrated()
     made = World(folder, url)
     made.populate()
     yield made
