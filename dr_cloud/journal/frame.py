@@ -250,13 +250,26 @@ def open_frame(keys: VpgKeys, data: Buffer, *, partial: bool = False) -> Frame:
     return Frame(whole, stream, number, columns, digests, lengths, groups_offset, blocks)
 
 
+def check_groups(keys: VpgKeys, frame: Frame) -> None:
+    """Authenticate every group of an opened frame; `DamagedError` names the first that is not its own, whole."""
+    view, at = memoryview(frame.data), frame.groups_offset
+    sizes = group_sizes(frame.block_count)
+    for group, (length, size) in enumerate(zip(frame.group_lengths.tolist(), sizes, strict=True)):
+        _decrypt_group(keys, frame.stream, frame.number, group, size, view[at : at + length])
+        at += length
+
+
 def open_group(keys: VpgKeys, stream: bytes, number: int, group: int, block_count: int, sealed: Buffer) -> bytes:
     """Return the `block_count` blocks of one sealed group; `DamagedError` if it is not that group, whole."""
+    body = _decrypt_group(keys, stream, number, group, block_count, sealed)
+    size = block_count * BLOCK_SIZE
+    return body if len(body) == size else decompress(body, size)
+
+
+def _decrypt_group(keys: VpgKeys, stream: bytes, number: int, group: int, block_count: int, sealed: Buffer) -> bytes:
     try:
-        body = keys.frame_cipher(stream).decrypt(
+        return keys.frame_cipher(stream).decrypt(
             _NONCE.pack(number, group), sealed, _scope_data(keys, bytes([block_count]))
         )
     except InvalidTag:
         raise DamagedError(f"group {group} of frame {number} fails its authentication") from None
-    size = block_count * BLOCK_SIZE
-    return body if len(body) == size else decompress(body, size)

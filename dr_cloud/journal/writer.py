@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from dr_cloud.journal.catalogue import Catalogue, read_after
 from dr_cloud.journal.checkpoint import read_checkpoint, seal_checkpoint, seal_claim
 from dr_cloud.journal.digests import DigestIndex
-from dr_cloud.journal.frame import COLUMN_DTYPE, Buffer, Columns, Frame, open_frame
+from dr_cloud.journal.frame import COLUMN_DTYPE, Buffer, Columns, Frame, check_groups, open_frame
 from dr_cloud.journal.keyframe import Keyframe, read_keyframe, seal_keyframe
 from dr_cloud.journal.objects import ROW_DTYPE, seal_object
 from dr_cloud.journal.reader import JournalReader
@@ -260,6 +260,8 @@ class JournalWriter:
             taps: The ids that the column `tap` indexes.
         """
         frame = open_frame(self._keys, data)
+        # What becomes durable is forgotten by the tap: nothing may be in it that cannot be read again.
+        check_groups(self._keys, frame)
         columns = frame.columns
         if len(columns):
             if int(columns["tap"].max()) >= len(taps):
