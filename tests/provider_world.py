@@ -56,9 +56,11 @@ TENANTS = {"acme": ("USA", "chicago"), "brit": ("UK", "leeds")}
 class Server:
     """A protected server: its disk, its guest, and where it belongs."""
 
-    def __init__(self, folder: Path, enterprise: str, name: str, seed: int) -> None:
+    def __init__(self, folder: Path, enterprise: str, name: str, site: str, vdsa: Path, seed: int) -> None:
         self.enterprise = enterprise
         self.name = name
+        self.site = site
+        self.vdsa = vdsa
         self.path = folder / f"{enterprise}-{name}.img"
         base = make_disk(self.path, DISK_BYTES, [(0, MIB)], seed)
         self.socket = folder / f"{enterprise}-{name}.nbd"
@@ -150,37 +152,45 @@ class CloudWorld(Processes):
                 "state": f"s-{site}",
                 "token": self.client(enterprise).create_pairing(site).token,
                 "hosts": [{"name": "esx1", "listen": f"unix:{site}.vdsa"}],
+                "datastores": [{"name": "local", "store": f"file://{site}-store"}],
             }
             path.write_text(yaml.safe_dump(settings))
         self.start(site, "dr_cloud.cli.site_up", "-c", str(path))
         self.wait_ready(site)
 
     def add_server(self, enterprise: str, name: str) -> Server:
-        server = Server(self.folder, enterprise, name, seed=len(self.servers))
-        self.servers.append(server)
-        self.start_tap(server)
+        """A server at the enterprise's site; returns when the manager knows it."""
         site = TENANTS[enterprise][1]
+        server = self._add(Server(self.folder, enterprise, name, site, self.folder / f"{site}.vdsa", len(self.servers)))
         client = self.client(enterprise)
         wait_until(lambda: name in [one.name for one in client.servers(site)], 30)
+        return server
+
+    def add_cloud_server(self, enterprise: str, name: str, data_center: str) -> Server:
+        """A server in a data center: its tap looks for the VDSA of its host."""
+        vdsa = self.folder / "p" / "run" / "taps" / data_center / "h1" / f"{enterprise}.sock"
+        return self._add(Server(self.folder, enterprise, name, data_center, vdsa, len(self.servers)))
+
+    def _add(self, server: Server) -> Server:
+        self.servers.append(server)
+        self.start_tap(server)
         return server
 
     def start_tap(self, server: Server) -> None:
         name = f"tap-{server.enterprise}-{server.name}"
         server.socket.unlink(missing_ok=True)
-        site = TENANTS[server.enterprise][1]
         self.start(
             name, "dr_cloud.cli.tap", "--server", server.name, "--disk", f"root={server.path}",
-            "--socket", str(server.socket), "--vdsa", f"{self.folder}/{site}.vdsa",
-            "--state", f"{self.folder}/{name}.state",
+            "--socket", str(server.socket), "--vdsa", str(server.vdsa), "--state", f"{self.folder}/{name}.state",
         )  # fmt: skip
         self.wait_ready(name)
 
-    def protect(self, server: Server, data_center: str) -> None:
+    def protect(self, server: Server, site: str, host: str = "h1", datastore: str = "ds-1") -> None:
         settings = {
             "name": server.name,
-            "source_site": TENANTS[server.enterprise][1],
+            "source_site": server.site,
             "servers": [{"name": server.name}],
-            "targets": [{"name": "east", "site": data_center, "host": "h1", "datastore": "ds-1"}],
+            "targets": [{"name": "east", "site": site, "host": host, "datastore": datastore}],
             "checkpoint_seconds": CHECKPOINT_SECONDS,
         }
         client = self.client(server.enterprise)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -89,9 +91,35 @@ def test_image_of_every_time_equals_what_was_written(world: CloudWorld) -> None:
     world.check(server, times=5)
 
 
+def test_a_second_provider_of_one_state_folder_is_refused(world: CloudWorld) -> None:
+    command = [sys.executable, "-m", "dr_cloud.cli.main", "provider", "up", "-c", str(world.folder / "provider.yaml")]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 1
+    assert "another process runs the provider" in second.stderr
+
+
 def test_sigterm_ends_everything(world: CloudWorld) -> None:
     """The contract: on SIGTERM every actor ends, and Ray, and the exit code is 0."""
     pids = [pid for kind in ("CloudManager", "Connector", "Vdsa") for pid in world.actors(kind)]
     assert len(pids) >= 4
     assert world.stop("provider") == 0
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+
+
+def test_rebuilt_from_the_store_alone(world: CloudWorld) -> None:
+    """Invariant 5: the database is lost; the registry in the store fills a new one, and everything goes on."""
+    (server,) = world.servers
+    config = str(world.folder / "provider.yaml")
+    command = [sys.executable, "-m", "dr_cloud.cli.main", "provider", "rebuild", "-c", config]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert "not empty" in refused.stderr
+    for path in (world.folder / "p").glob("provider.db*"):
+        path.unlink()
+    rebuilt = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    assert "acme" in rebuilt.stdout
+    world.start_provider()
+    server.guest.start()
+    writes_go_on(server)
+    world.check(server, times=2)
