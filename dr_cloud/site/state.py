@@ -13,7 +13,8 @@ Layout (the folder has mode 0700, every file 0600)::
 
 Crash recovery
     A file is replaced whole: written beside, flushed, renamed, and the folder flushed. identity.json alone says that
-    the site is paired; it is written when everything else is there.
+    the site is paired; it is written when everything else is there. What a crash left half written (`*.new`) goes at
+    the next start.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class StateFolder:
                 f"another process runs the site of {path}",
                 "Stop it first, or give this site a state folder of its own.",
             ) from None
+        for unfinished in path.glob("*.new"):
+            unfinished.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let the folder go."""

@@ -97,7 +97,9 @@ def test_state_is_private_and_replaced_whole(tmp_path: Path) -> None:
     )
     assert state.load(IDENTITY, Identity) is None
     state.save(IDENTITY, identity)
-    (tmp_path / "st" / "identity.json.new").write_text("half of a fi")
+    (tmp_path / "st" / "identity.json.0123.new").write_text("half of a fi")
+    state.close()
+    state = StateFolder(tmp_path / "st")
     state.save(IDENTITY, identity.model_copy(update={"site": "c"}))
     loaded = state.load(IDENTITY, Identity)
     assert loaded is not None
