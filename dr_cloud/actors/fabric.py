@@ -105,7 +105,7 @@ class RayFabric:
         settings: ProviderSettings,
         door: Any,
         cloud: Callable[[], Cloud],
-        idle_stacks: int,
+        idle_stacks: Mapping[str, int],
         owner: str = "",
     ) -> None:
         """Prepare.
@@ -114,7 +114,7 @@ class RayFabric:
             settings: The provider.
             door: The actor class of an enterprise's door.
             cloud: Returns the manager that uses this.
-            idle_stacks: How many stack actors to keep at hand in each data center.
+            idle_stacks: How many stack actors to keep at hand, by data center; none where it is not named.
             owner: The enterprise whose manager uses this; empty for the provider's.
         """
         self._settings = settings
@@ -126,7 +126,11 @@ class RayFabric:
         self._stacks: dict[str, tuple[OpenedStack, Any, StackPool]] = {}
         self._pools = {
             center.name: StackPool(
-                self._placement, settings.node, f"{center.name}/{owner}", idle_stacks, at_data_center(center.name)
+                self._placement,
+                settings.node,
+                f"{center.name}/{owner}",
+                idle_stacks.get(center.name, 0),
+                at_data_center(center.name),
             )
             for center in settings.config.data_centers
         }
@@ -290,7 +294,6 @@ class RayFabric:
             else:
                 actor = pool.take(route.scope.enterprise)
                 opening[test] = (plan, actor, actor.open.remote(test, plan, route.store, quota_bytes))
-        pool.refill()
         for test, (plan, actor, reference) in opening.items():
             try:
                 opened, actor = self._opened(pool, actor, reference, test, plan, route.store, quota_bytes)
@@ -300,6 +303,7 @@ class RayFabric:
                 with self._lock:
                     self._stacks[test] = (opened, actor, pool)
                 found[test] = _served(opened)
+        pool.refill()  # not before: a process that starts would take its time from those that open
         return found
 
     def _opened(

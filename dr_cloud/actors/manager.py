@@ -24,7 +24,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import ray
@@ -92,14 +92,14 @@ class Ready(BaseModel):
 class Core:
     """A manager in this process, over the provider's database: opened in the background, and tried until it is."""
 
-    def __init__(self, settings: ProviderSettings, owner: str, door: Any, idle_stacks: int) -> None:
+    def __init__(self, settings: ProviderSettings, owner: str, door: Any, idle_stacks: Mapping[str, int]) -> None:
         """Prepare; `start` opens it.
 
         Args:
             settings: The provider.
             owner: The enterprise whose manager it is; empty for the provider's.
             door: The actor class of enterprises' doors.
-            idle_stacks: How many stack actors to keep at hand in each data center.
+            idle_stacks: How many stack actors to keep at hand, by data center.
         """
         self._settings = settings
         self._owner = owner
@@ -211,7 +211,7 @@ class CloudManager:
         self._tenants = tenants
         self._api: ApiServer | None = None
         door = EnterpriseManager if settings.manager_per_enterprise else Connector
-        self._core = Core(settings, "", door, settings.config.idle_stacks)
+        self._core = Core(settings, "", door, settings.idle_stacks)
         self._core.until_done(self._start)
 
     def _start(self) -> None:
@@ -319,7 +319,7 @@ class EnterpriseManager(Door):
     def __init__(self, settings: ProviderSettings, enterprise: str, port: int) -> None:
         """Begin to open; see `Door`."""
         self._log_files = start_log(settings, settings.connector_name(enterprise))
-        self._core = Core(settings, enterprise, EnterpriseManager, 0)
+        self._core = Core(settings, enterprise, EnterpriseManager, {})
         super().__init__(settings, enterprise, port, self._ask_core)
         self._core.until_done(self._start)
 

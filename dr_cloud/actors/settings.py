@@ -42,6 +42,14 @@ class ProviderSettings(BaseModel):
         return self.model_copy(update={"config": self.config.model_copy(update={"database": ""})})
 
     @property
+    def idle_stacks(self) -> dict[str, int]:
+        """How many stack actors are kept ready, by data center."""
+        return {
+            center.name: self.config.idle_stacks if center.idle_stacks is None else center.idle_stacks
+            for center in self.config.data_centers
+        }
+
+    @property
     def manager_per_enterprise(self) -> bool:
         """Whether each enterprise's control is in a process of its own."""
         return self.config.architecture in (Architecture.MANAGER_PER_ENTERPRISE, Architecture.VDSA_PER_ENTERPRISE)

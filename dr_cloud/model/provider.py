@@ -93,6 +93,8 @@ class DataCenterConfig(_Config):
     pools: list[PoolConfig] = []
     hosts: list[HostConfig] = Field(min_length=1)
     clusters: list[ClusterConfig] = []
+    idle_stacks: int | None = Field(default=None, ge=0)
+    """Stack actors kept ready here; None is what the provider says for all."""
 
     @model_validator(mode="after")
     def _refers_to_itself(self) -> DataCenterConfig:
@@ -132,7 +134,7 @@ class ProviderConfig(_Config):
     ray: str = "local"
     """`local` starts Ray here; else the address of a running cluster."""
     idle_stacks: int = Field(default=2, ge=0)
-    """Stack actors kept ready in each data center."""
+    """Stack actors kept ready in each data center that does not say otherwise."""
     tenants: Path | None = None
     """Folder of `EnterpriseConfig` files that are registered at the start."""
     data_centers: list[DataCenterConfig] = Field(min_length=1)
