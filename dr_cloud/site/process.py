@@ -45,8 +45,8 @@ from dr_cloud.vdsa.analysis.analyzers import Analyzers
 from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.target_io import TargetVdsa
 
-REPORT_SECONDS: Final = 1.0
-LOOK_SECONDS: Final = 0.2
+REPORT_SECONDS: Final = 2.0
+LOOK_SECONDS: Final = 0.5
 """A change is told after this time at most, and not more often."""
 TEND_SECONDS: Final = 2.0
 SAVE_SECONDS: Final = 300.0
@@ -151,7 +151,7 @@ class Site:
                 await asyncio.sleep(TEND_SECONDS)
 
     async def _report(self) -> None:
-        """Tell the provider everything, if a second has passed or something has changed."""
+        """Tell the provider everything, if two seconds have passed or something has changed."""
         if not self.uplink.linked:
             self._told = None
             return

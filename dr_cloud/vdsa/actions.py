@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,14 @@ from dr_cloud.link.messages import Durable
 from dr_cloud.model.vpg import Order
 from dr_cloud.vdsa.batch import Batch, Prepared
 
+_BATCH_SECONDS_MAX: Final = 0.5
+
 
 @dataclass(frozen=True)
 class SourceLimits:
     """The bounds of a source and its rhythm."""
 
     checkpoint_seconds: float = 5.0
-    batch_seconds: float = 0.005
-    """How long a batch may stay open."""
     batches_max: int = 16
     """Batches under way: being hashed, offered or sealed."""
     kept_bytes_max: int = 256 << 20
@@ -36,6 +36,14 @@ class SourceLimits:
     """A barrier that has not closed by then is given up."""
     uncertainty_ns: int = 10_000_000
     """By how much the clocks of two hosts of a site may differ (for commit-wait)."""
+
+    @property
+    def batch_seconds(self) -> float:
+        """How long a batch may stay open. A checkpoint closes it, so nothing becomes durable later for a longer one.
+
+        Each batch is three messages over the link, whatever it holds: what writes seldom is to send seldom.
+        """
+        return min(_BATCH_SECONDS_MAX, self.checkpoint_seconds / 10)
 
 
 class Prepare(NamedTuple):
