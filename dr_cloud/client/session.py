@@ -95,7 +95,8 @@ class Session:
         request = self._http.build_request(
             method,
             path,
-            params={name: value for name, value in (parameters or {}).items() if value is not None},
+            # None, not an empty dict: that would take away the query of a path that has one (the next page).
+            params={name: value for name, value in (parameters or {}).items() if value is not None} or None,
             json=body,
             headers={"Idempotency-Key": secrets.token_hex(16)} if creates else None,
             timeout=httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else timeout_seconds,

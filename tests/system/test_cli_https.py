@@ -22,7 +22,7 @@ from cli_run import Done, run_cli
 
 from dr_cloud.actors.https import ApiServer
 from dr_cloud.client.client import Client
-from dr_cloud.model.cloud import TokenRequest, VpgFilter
+from dr_cloud.model.cloud import CheckpointFilter, TokenRequest, VpgFilter
 from dr_cloud.model.errors import DrCloudError, NotFoundError, UnauthenticatedError, UnavailableError
 from dr_cloud.model.principal import Role
 from dr_cloud.model.task import CompletionCode
@@ -311,6 +311,18 @@ def test_a_lost_answer_is_asked_for_again_and_the_work_done_once(provider: Provi
     assert calls[0] == calls[1] is not None
     assert names.count("once-only") == 1
     assert made.token.name == "once-only"
+
+
+def test_a_list_goes_on_over_its_pages(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R21: each page is what follows the one before, still narrowed as the list was asked for."""
+    with provider.client(provider.api.token_a) as client:
+        whole = [checkpoint.number for checkpoint in client.checkpoints("erp")]
+        since_ns = sorted(checkpoint.time_ns for checkpoint in client.checkpoints("erp"))[2]
+        monkeypatch.setattr("dr_cloud.client.client._PAGE", 3)
+        assert [checkpoint.number for checkpoint in client.checkpoints("erp")] == whole
+        narrowed = CheckpointFilter(since_ns=since_ns)
+        assert [checkpoint.number for checkpoint in client.checkpoints("erp", None, narrowed)] == whole[:-2]
+        assert len(whole) > 7
 
 
 def test_events_come_and_go_on_after_a_cut(provider: Provider) -> None:
