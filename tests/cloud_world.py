@@ -176,11 +176,13 @@ class Clock:
 class World:
     """A manager, its fabric and its clock; two enterprises, each with one site of one host and two servers."""
 
-    def __init__(self, folder: Path, url: str = "", store: Store | None = None, *, start: bool = True) -> None:
+    def __init__(
+        self, folder: Path, url: str = "", store: Store | None = None, *, start: bool = True, now_ns: int = START_NS
+    ) -> None:
         self.folder = folder
         self.url = url or f"sqlite:///{folder / 'manager.db'}"
         self.fabric = QuietFabric()
-        self.clock = Clock()
+        self.clock = Clock(now_ns)
         self._told = 0
         self._busy: set[tuple[str, str]] = set()
         self.store = store if store is not None else open_memory()

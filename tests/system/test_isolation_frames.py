@@ -119,8 +119,8 @@ class Parts(NamedTuple):
         values = list(self.head)
         for name, value in fields.items():
             values[names.index(name)] = value
-        head: bytes = HEAD.pack(*values)
-        crc = google_crc32c.value(head).to_bytes(4, "little")
+        head = HEAD.pack(*values)
+        crc: bytes = google_crc32c.value(head).to_bytes(4, "little")
         return head + crc + self.columns + b"".join(self.groups)
 
 
