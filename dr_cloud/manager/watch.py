@@ -209,7 +209,7 @@ def _signature(report: SiteReport) -> tuple[Any, ...]:
             s.problem,
             s.paused,
             tuple(sorted(s.taps.items())),
-            s.durable_ns > 0,
+            s.durable_ns,
             int(s.lag_seconds) // 5,
         )
         for s in report.sources

@@ -187,14 +187,14 @@ class Follower:
 
 
 def essence(report: SiteReport) -> object:
-    """Return a report without its figures. When it changes, that is worth telling at once."""
+    """Return a report without its figures, but with what is durable. When it changes, that is worth telling at once."""
     return (
         report.revision,
         [
             (host.host, host.vdsa, host.problem, [(s.name, s.tap, s.connected, s.disks) for s in host.servers])
             for host in report.hosts
         ],
-        [(one.scope, one.linked, one.problem, one.paused, one.taps) for one in report.sources],
+        [(one.scope, one.linked, one.problem, one.paused, one.taps, one.durable_ns) for one in report.sources],
         [(one.scope, one.generation, one.connections, one.problem) for one in report.targets],
         report.problems,
     )
