@@ -1,5 +1,6 @@
 """Two enterprises at one provider, all real but Ray: manager and database, a door each over TLS, one VDSA for both.
 
+The attacker's enterprise, `acme`, attacks from a site that it has given the name of the other's site.
 The second enterprise, `brit`, lives: its site is linked, replicates, has a request for a checkpoint and one for logs
 under way. Whoever attacks it is to find all of that as it was (`unchanged`).
 """
@@ -38,6 +39,7 @@ from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.model.errors import DrCloudError, NotFoundError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import PairingToken, PairRequest
+from dr_cloud.model.provider import EnterpriseConfig, SiteConfig
 from dr_cloud.model.replication import LogRequest
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.identity import Credentials, Peer, key_pem, new_key_and_csr
@@ -49,12 +51,16 @@ from dr_cloud.vdsa.target_io import TargetVdsa
 HOST = "127.0.0.1"
 OURS = Scope("acme", "erp", "dc1")
 THEIRS = Scope("brit", f"{MARKER}-erp", f"{MARKER}-dc")
+THEIR_SITE = "brit-hq"
+TO_THEIR_SITE = Scope("brit", f"{MARKER}-back", THEIR_SITE)
 
 
 class Aim(NamedTuple):
     """What an attacker names: things of the other's, or things that nobody has."""
 
     scope: Scope
+    back: Scope
+    """Replicated to the other's site."""
     site: str
     host: str
     server: str
@@ -77,6 +83,7 @@ class Aim(NamedTuple):
         source.number = 1
         return cls(
             scope=source.scope,
+            back=Scope("none", "none-back", "none-hq"),
             site="none-hq",
             host="none-host",
             server="none-sql",
@@ -92,7 +99,8 @@ class Aim(NamedTuple):
 
     def blank(self, text: str) -> str:
         """Return `text` without the names that the attacker sent."""
-        names = [*self.scope, *(value for value in self if isinstance(value, str))]
+        text = text.replace(THEIR_SITE, "SITE")  # The attacker's own too.
+        names = [*self.scope, *self.back, *(value for value in self if isinstance(value, str))]
         for name in sorted(names, key=len, reverse=True):
             text = text.replace(name, "NAME")
         return text
@@ -121,12 +129,22 @@ class Recorder:
         self._inner.close()
 
 
+class World(TwoEnterprises):
+    """The first enterprise has a site of the same name as the other's."""
+
+    def populate(self) -> None:
+        for name, names in (("acme", ["acme-hq", THEIR_SITE]), ("brit", [THEIR_SITE])):
+            sites = [SiteConfig(name=site, jurisdiction="USA", location="Main Street") for site in names]
+            self.cloud.register_enterprise(SYSTEM, EnterpriseConfig(name=name, jurisdiction="USA", sites=sites))
+            self.report(name)
+
+
 class Provider:
     """See the module's docstring."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.world = TwoEnterprises(folder, now_ns=time.time_ns())
+        self.world = World(folder, now_ns=time.time_ns())
         self.world.populate()
         self.world.protect(SYSTEM, OURS.vpg, "acme")
         self.world.protect(
@@ -136,11 +154,14 @@ class Provider:
             servers=[{"name": f"{MARKER}-sql"}],
             targets=[{"name": THEIRS.target, "site": "us-east", "host": "compute", "datastore": "gold"}],
         )
+        home = {"name": THEIR_SITE, "site": THEIR_SITE, "host": f"{MARKER}-host", "datastore": "local"}
+        app = [{"name": f"{MARKER}-app"}]
+        self.world.protect(SYSTEM, TO_THEIR_SITE.vpg, "brit", source_site="us-east", servers=app, targets=[home])
         self.cloud = self.world.cloud
         self.authority = self.world.authority
         self.keyring = self.world.keyring
         self.journals = open_store("memory:")
-        self.credentials = {name: self.pair(name) for name in ("acme", "brit")}
+        self.credentials = {name: self.pair(name, THEIR_SITE) for name in ("acme", "brit")}
         self.gates: dict[str, Gate] = {}
         self.doors: dict[str, LinkServer] = {}
         self._admitted: set[Scope] = set()
@@ -148,9 +169,9 @@ class Provider:
         self.cloud.monitor.judge()
         self.cloud.monitor.forecast()
 
-    def pair(self, enterprise: str) -> Credentials:
-        """Pair the enterprise's site as it is paired."""
-        token = PairingToken.decode(self.cloud.create_pairing(SYSTEM, enterprise, f"{enterprise}-hq").token)
+    def pair(self, enterprise: str, site: str) -> Credentials:
+        """Pair a site as it is paired."""
+        token = PairingToken.decode(self.cloud.create_pairing(SYSTEM, enterprise, site).token)
         key, csr = new_key_and_csr()
         answer = self.cloud.pair(PairRequest(enterprise=enterprise, site=token.site, secret=token.secret, csr=csr))
         return Credentials(key, answer.certificate, answer.ca)
@@ -258,10 +279,11 @@ class Victim:
         await durable(self.stream, source)
         request = await provider.vdsa.checkpoint(THEIRS, "by hand", "", None)
         assert isinstance(await heard(self.stream), link.RequestCheckpoint)
-        self.collecting = asyncio.create_task(provider.gates["brit"].collect_logs("brit-hq", LogRequest(id="0")))
+        self.collecting = asyncio.create_task(provider.gates["brit"].collect_logs(THEIR_SITE, LogRequest(id="0")))
         self.aim = Aim(
             scope=THEIRS,
-            site="brit-hq",
+            back=TO_THEIR_SITE,
+            site=THEIR_SITE,
             host=f"{MARKER}-host",
             server=f"{MARKER}-sql",
             serial=provider.credentials["brit"].peer.serial,

@@ -1,5 +1,7 @@
 """R11: an enterprise with valid credentials aims at another's things, through everything that can be said on a link.
 
+It attacks from a site that it has given the same name as the other's site has.
+
 What belongs to another must look exactly as what does not exist. So everything is said twice over real TLS, once with
 the other's names and once with names that nobody has; with those names blanked, all that comes back must be equal, byte
 by byte. After each attack the other's session, journal, registry and database are as they were.
@@ -22,7 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from isolation_frames import durable, greet, heard
-from isolation_world import OURS, Aim, Provider, Recorder, provider_in, refused
+from isolation_world import OURS, THEIR_SITE, Aim, Provider, Recorder, provider_in, refused
 
 from dr_cloud.link import control, purpose
 from dr_cloud.link import messages as link
@@ -120,7 +122,7 @@ def all_names(aim: Aim) -> dict[str, Any]:
 
 async def call_orders(attack: Attack, aim: Aim) -> str:
     orders = await attack.session.call("orders", all_names(aim))
-    own = await asyncio.to_thread(attack.provider.cloud.orders_for, "acme", "acme-hq")
+    own = await asyncio.to_thread(attack.provider.cloud.orders_for, "acme", THEIR_SITE)
     assert orders == own.model_dump(mode="json")
     return "own orders"
 
@@ -147,7 +149,7 @@ async def call_report(attack: Attack, aim: Aim) -> str:
         resyncs=1,
     )
     target = TargetReport(
-        scope=aim.scope, generation=9, connections=9, newest=None, horizon_ns=1, newest_ns=2, problem="told by another"
+        scope=aim.back, generation=9, connections=9, newest=None, horizon_ns=1, newest_ns=2, problem="told by another"
     )
     report = SiteReport(
         revision=10**9,
@@ -180,6 +182,7 @@ async def channel_replication(attack: Attack, aim: Aim) -> str:
     """The other's scope in every shape, and the other's VPG as if it were one's own."""
     shapes: list[Any] = [
         {"scope": list(aim.scope)},
+        {"scope": list(aim.back)},
         {"scope": list(aim.scope), "enterprise": "acme"},
         {"scope": "/".join(aim.scope)},
         {"scope": ["acme", f"../{aim.scope.enterprise}/{aim.scope.vpg}", aim.scope.target]},
@@ -290,7 +293,7 @@ LINK: dict[str, tuple[Case, str]] = {
 CALLS: dict[str, tuple[Case, str]] = {
     "orders": (call_orders, "own orders"),
     "report": (call_report, r"taken: {}"),
-    "renew": (call_renew, "dr-cloud://provider/enterprise/acme/site/acme-hq"),
+    "renew": (call_renew, "dr-cloud://provider/enterprise/acme/site/SITE"),
 }
 PURPOSES: dict[str, tuple[Case, str]] = {
     REPLICATION: (channel_replication, NOT_FOUND),
@@ -344,7 +347,7 @@ async def test_everything_that_can_be_said_has_its_case(provider: Provider) -> N
     session, _ = await provider.dial("acme")
     async with session:
         await session.call("orders")
-        assert set(CALLS) == set(provider.gates["acme"]._control["acme-hq"].methods)
+        assert set(CALLS) == set(provider.gates["acme"]._control[THEIR_SITE].methods)
 
 
 def seen(attack: Attack, aim: Aim) -> list[str]:
