@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from dr_cloud.demo.site import Process
+from dr_cloud.demo.process import Process
 from dr_cloud.journal.catalogue import Catalogue
 from dr_cloud.journal.checkpoint import read_checkpoint
 from dr_cloud.model.errors import DrCloudError

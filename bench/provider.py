@@ -1,4 +1,4 @@
-"""The demonstration's provider (local Ray, target VDSA, idle stacks), with histories to open stacks on."""
+"""A provider without a manager (local Ray, target VDSA, idle stacks), with histories to open stacks on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Final
 
 from bench.chain import memory_directory
 from bench.history import History
+from dr_cloud.actors.node import NodeSettings
 from dr_cloud.actors.pool import StackPool
 from dr_cloud.actors.provider import LocalProvider, RunningStack
-from dr_cloud.demo.site import SCOPE, Demonstration
 from dr_cloud.link.messages import Hello, encode_control
 from dr_cloud.link.stream import connect
 from dr_cloud.model.ids import Scope
@@ -26,21 +26,34 @@ from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
 
 STACKS: Final = 8
+_SCOPE: Final = Scope("acme", "shop", "dc-east")
 
 
 class Provider:
     """One provider; use `running`."""
 
-    def __init__(self, world: Demonstration) -> None:
-        """Use the started `world`."""
-        self.directory = world.directory
-        self.settings = world.settings
-        self.local: LocalProvider = world.provider
+    def __init__(self, directory: Path) -> None:
+        """Start it, with all its files in `directory`."""
+        self.directory = directory
+        self.settings = NodeSettings(
+            keyring=directory / "keyring.json",
+            work_dir=directory / "work",
+            cache_dir=directory / "cache",
+            run_dir=directory / "run",
+        )
+        self.settings.make_folders()
+        Keyring.open(self.settings.keyring).create(_SCOPE.enterprise)
+        store = f"file://{directory}/store"
+        self.local = LocalProvider(self.settings, store, [_SCOPE], directory / "run" / "vdsa.sock", STACKS)
+
+    def close(self) -> None:
+        """Stop it."""
+        self.local.close()
 
     def history(self, name: str, size_bytes: int) -> History:
         """Begin the history of a VPG's only disk."""
         store = open_store(self.local.store_url)
-        return History(store, Keyring.open(self.settings.keyring), SCOPE._replace(vpg=name), size_bytes)
+        return History(store, Keyring.open(self.settings.keyring), _SCOPE._replace(vpg=name), size_bytes)
 
     def take_over(self, scope: Scope) -> None:
         """Have the target VDSA open a scope, as a source's hello makes it do."""
@@ -95,10 +108,11 @@ def uri_of(stack: RunningStack) -> str:
 def running() -> Iterator[Provider]:
     """Start a provider, and stop it with every file of it removed."""
     directory = Path(tempfile.mkdtemp(prefix="drc-bench-", dir=memory_directory()))
-    world = Demonstration(directory, STACKS)
+    provider: Provider | None = None
     try:
-        world.start_provider()
-        yield Provider(world)
+        provider = Provider(directory)
+        yield provider
     finally:
-        world.stop()
+        if provider is not None:
+            provider.close()
         shutil.rmtree(directory, ignore_errors=True)

@@ -31,22 +31,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import yaml
-
 from bench.chain import folder
 from bench.figures import console, machine
 from dr_cloud.client.client import Client
-from dr_cloud.demo.site import Process
+from dr_cloud.demo.cloud import HOST, LocalCloud, done
 from dr_cloud.model.cloud import VdsaDeployment
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.provider import EnterpriseConfig, SiteConfig
-from dr_cloud.model.task import CompletionCode
 from dr_cloud.model.units import SECOND_NS, format_size
 from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
 from dr_cloud.nbd.async_client import AsyncNbdClient
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
-_CLI: Final = "dr_cloud.cli.main"
 _DISK_BYTES: Final = 64 << 20
 _BLOCK_BYTES: Final = 4096
 _WRITES_PER_SECOND: Final = 5.0
@@ -153,12 +149,11 @@ class World:
     """A provider, and the enterprises that were added to it."""
 
     def __init__(self, directory: Path, vpgs: int) -> None:
-        self.directory = directory
         self.vpgs = vpgs
         self.uris: list[str] = []
         self.ports: set[int] = set()
         self.enterprises = 0
-        self._stopping = contextlib.ExitStack()
+        self._cloud = LocalCloud(directory)
         self._client: Client | None = None
 
     @property
@@ -169,43 +164,19 @@ class World:
 
     def start(self) -> None:
         """Start the provider."""
-        config = {
-            "name": "provider",
-            "state": "state",
-            "api": "127.0.0.1:0",
-            "link_ports": [0, 0],
-            "idle_stacks": 0,
-            "data_centers": [
-                {
-                    "name": "dc-1",
-                    "jurisdiction": "USA",
-                    "datastores": [{"name": "ds-1", "store": "file://ds-1"}],
-                    "hosts": [{"name": f"host-{n}", "datastores": ["ds-1"]} for n in (1, 2)],
-                    "clusters": [{"name": "compute", "hosts": ["host-1", "host-2"]}],
-                }
-            ],
+        center = {
+            "name": "dc-1",
+            "jurisdiction": "USA",
+            "datastores": [{"name": "ds-1", "store": "file://ds-1"}],
+            "hosts": [{"name": f"host-{n}", "datastores": ["ds-1"]} for n in (1, 2)],
+            "clusters": [{"name": "compute", "hosts": ["host-1", "host-2"]}],
         }
-        file = self.directory / "provider.yaml"
-        file.write_text(yaml.safe_dump(config))
-        provider = self._run("provider", _CLI, "provider", "up", "-c", str(file))
-        provider.wait_ready()
-        state = self.directory / "state"
-        port = int((state / "api-port").read_text())
-        token = (state / "admin-token").read_text().strip()
-        self._client = Client(
-            f"https://127.0.0.1:{port}", token, ca_pem=(state / "ca" / "ca-cert.pem").read_text(), timeout_seconds=120.0
-        )
-
-    def _run(self, name: str, *arguments: str) -> Process:
-        process = Process(name, self.directory, *arguments)
-        self._stopping.callback(process.stop)
-        return process
+        self._cloud.begin_provider({"name": "provider", "idle_stacks": 0, "data_centers": [center]})
+        self._client = self._cloud.wait_provider()
 
     def close(self) -> None:
         """Stop everything; the sites and taps at once, the provider last."""
-        if self._client is not None:
-            self._client.close()
-        self._stopping.close()
+        self._cloud.close()
 
     def _own(self, enterprise: str) -> Client:
         self.client.enterprise_name = enterprise
@@ -230,33 +201,25 @@ class World:
         for name in names:
             self._protect(name)
         self.enterprises = count
-        _wait(lambda: len(self.ages()) == count * self.vpgs, "every VPG has a checkpoint")
+        self._wait(lambda: len(self.ages()) == count * self.vpgs, "every VPG has a checkpoint")
 
     def _start_site(self, name: str, token: str) -> list[str]:
-        place = self.directory / name
-        place.mkdir()
-        settings = {"state": "state", "token": token, "hosts": [{"name": "host-a", "listen": "unix:a.sock"}]}
-        (place / "site.yaml").write_text(yaml.safe_dump(settings))
-        self._run(f"site-{name}", _CLI, "site", "up", "-c", str(place / "site.yaml")).wait_ready()
+        self._cloud.begin_site(name, token).wait_ready()
         uris = []
         for number in range(1, self.vpgs + 1):
-            disk = place / f"{number}.img"
+            server = f"vm-{number}"
+            disk = self._cloud.folder(name) / f"{number}.img"
             with disk.open("wb") as file:
                 file.truncate(_DISK_BYTES)
-            tap = self._run(
-                f"tap-{name}-{number}", _CLI, "tap", "--server", f"vm-{number}", "--disk", f"disk={disk}",
-                "--vdsa", str(place / "a.sock"), "--state", str(place / f"{number}.state"),
-                "--socket", str(place / f"{number}.sock"),
-            )  # fmt: skip
-            tap.wait_ready()
-            uris.append(f"nbd+unix:///disk?socket={place / f'{number}.sock'}")
+            self._cloud.begin_tap(name, server, disk).wait_ready()
+            uris.append(self._cloud.uri(name, server))
         return uris
 
     def _protect(self, name: str) -> None:
         client = self._own(name)
-        _wait(lambda: [host.name for host in client.hosts("office")] == ["host-a"], f"{name} reports its host")
+        self._wait(lambda: [host.name for host in client.hosts("office")] == [HOST], f"{name} reports its host")
         if next(iter(client.hosts("office"))).vdsa != "installed":
-            self._done(client.deploy_vdsa("office", "host-a", VdsaDeployment()).id)
+            done(client, client.deploy_vdsa("office", HOST, VdsaDeployment()), _WAIT_SECONDS_MAX)
         for number in range(1, self.vpgs + 1):
             settings = VpgSettings(
                 name=f"vpg-{number}",
@@ -265,12 +228,10 @@ class World:
                 targets=[TargetConfig(name="cloud", site="dc-1", host="compute", datastore="ds-1")],
                 checkpoint_seconds=_INTERVAL_SECONDS,
             )
-            self._done(client.create_vpg(settings).id)
+            done(client, client.create_vpg(settings), _WAIT_SECONDS_MAX)
 
-    def _done(self, task: str) -> None:
-        ended = self.client.wait_task(task, timeout_seconds=_WAIT_SECONDS_MAX)
-        if ended.completion is not CompletionCode.SUCCESS:
-            raise DrCloudError(f"{ended.type} ended as {ended.completion.value}: {ended.exception}")
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        self._cloud.wait_until(condition, what, _WAIT_SECONDS_MAX)
 
     def ages(self) -> list[float]:
         """Return the age of the newest checkpoint of each VPG that has one, in intervals."""
@@ -278,14 +239,6 @@ class World:
         newest = [target.newest_ns for vpg in found for target in vpg.targets]
         now_ns = time.time_ns()
         return [(now_ns - time_ns) / SECOND_NS / _INTERVAL_SECONDS for time_ns in newest if time_ns]
-
-
-def _wait(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _WAIT_SECONDS_MAX
-    while not condition():
-        if time.monotonic() > deadline:
-            raise DrCloudError(f"after {_WAIT_SECONDS_MAX:g} s still waiting until {what}")
-        time.sleep(0.5)
 
 
 # Guests.

@@ -16,7 +16,7 @@ from bench.chain import folder
 from bench.figures import Figures, Target, against, beside
 from bench.noted import Request, read_notes
 from bench.provider import STACKS, Provider
-from dr_cloud.demo.site import Process
+from dr_cloud.demo.process import Process
 from dr_cloud.model.blocks import blocks_of
 from dr_cloud.model.journal import ImagePlan
 from dr_cloud.nbd.client import NbdClient

@@ -13,7 +13,7 @@ from typing import Final
 
 from bench import chain, content, fio, peers
 from bench.figures import Figures, Target, beside, interleaved
-from dr_cloud.demo.site import Process
+from dr_cloud.demo.process import Process
 
 DISK_BYTES: Final = 512 << 20
 SECONDS: Final = 2.0

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from dr_cloud.actors.cluster import LOCAL, ask, start_ray
 from dr_cloud.actors.node import NodeSettings
@@ -119,12 +117,6 @@ class LocalProvider:
         """Make a checkpoint by hand and wait until it is durable; return the request's id."""
         request: str = ask(self.vdsa.checkpoint.remote(scope, tag, description), "the VDSA", _START_SECONDS)
         return request
-
-    def write_times(self, scope: Scope, after_ns: int, until_ns: int) -> NDArray[np.uint64]:
-        """Return the times of all writes with `after_ns` < time ≤ `until_ns`, ascending, each once."""
-        (target,) = self._targets([scope])
-        times: NDArray[np.uint64] = ask(self.vdsa.write_times.remote(target, after_ns, until_ns), "the VDSA")
-        return times
 
     def open_stacks(self, scope: Scope, times_ns: Sequence[int]) -> list[RunningStack]:
         """Begin to open a stack at each time, all in parallel. `TimeOutOfRangeError` if one cannot be had."""

@@ -1,4 +1,4 @@
-"""`dr-cloud demo`: the main job on real input, on this machine, in under two minutes."""
+"""`dr-cloud demo`: the whole picture on real input, on this machine, in under two minutes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def demo(
     svg: Annotated[Path | None, typer.Option(help="Save what is shown as a picture.")] = None,
     stacks: Annotated[int, typer.Option(min=3, max=32, help="Stacks that are open at once.")] = 8,
 ) -> None:
-    """Protect a database, corrupt it at an unknown moment, find the last clean time with parallel recovery tests."""
+    """Protect three enterprises, corrupt one at an unknown moment, find its last clean time with parallel tests."""
     if not run_demo(stacks, json, svg):
         raise typer.Exit(1)

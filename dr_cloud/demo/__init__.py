@@ -1,1 +1,1 @@
-"""The demonstration: a real database on a protected disk, corrupted at an unknown moment, found by parallel tests."""
+"""The demonstration: three enterprises, four data centers, one corrupted, its last clean time found."""

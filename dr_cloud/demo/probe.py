@@ -5,6 +5,7 @@ Runs in processes of its own, so that eight stacks are probed on all cores.
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,11 @@ def probe(uri: str, at_ns: int, directory: Path, rows_before: int, base: Path | 
         if not reason and not low <= rows <= high:
             reason = f"{rows} rows, {low} to {high} expected"
         return Finding(not reason, reason, rows, low, high, blocks, wrong)
+
+
+def be_quiet() -> None:
+    """Begin a process of probes: Ctrl-C is for the one that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def warm(_: int) -> None:

@@ -1,9 +1,9 @@
 """The production machine of the demonstration, a process of its own: a database that commits rows all the time.
 
-Run as `python -m dr_cloud.demo.workload URI DIRECTORY --from-seconds A --to-seconds B`. It prints one line when it
-begins and stops on SIGTERM. At a moment that it draws at random, A to B after that, and tells nobody, it overwrites
-pages of old rows with noise, as a ransomware or a failing controller would; the database does not notice. It writes to
-DIRECTORY:
+Run as `python -m dr_cloud.demo.workload URI DIRECTORY [--corrupt-from A --corrupt-to B]`. It prints one line when it
+begins and stops on SIGTERM. If it is given two times: at a moment that it draws at random, A to B seconds after that,
+and tells nobody, it overwrites pages of old rows with noise, as a ransomware or a failing controller would; the
+database does not notice. It writes to DIRECTORY:
 
     commits    per committed row: u64 number, u64 time before the commit, u64 time after it
     versions   per block written: `dr_cloud.demo.disks.VERSION_DTYPE`
@@ -13,6 +13,7 @@ DIRECTORY:
 from __future__ import annotations
 
 import json
+import math
 import random
 import secrets
 import signal
@@ -69,7 +70,13 @@ def corrupt(disk: ByteDisk, pages: int) -> None:
         disk.pwrite(_DATABASE_AT + page * _PAGE_BYTES, secrets.token_bytes(_PAGE_BYTES))
 
 
-def main(uri: str, directory: Path, from_seconds: float = 4.0, to_seconds: float = 16.0) -> None:
+def main(
+    uri: str,
+    directory: Path,
+    pause_seconds: float = 0.0,
+    corrupt_from: float = math.inf,
+    corrupt_to: float = math.inf,
+) -> None:
     """Commit rows until SIGTERM; corrupt old ones at a moment drawn between the two times."""
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -86,7 +93,8 @@ def main(uri: str, directory: Path, from_seconds: float = 4.0, to_seconds: float
         (pages,) = database.execute("pragma page_count").fetchone() or (0,)
         corrupted = False
         print("committing", flush=True)
-        moment = time.monotonic() + random.SystemRandom().uniform(from_seconds, to_seconds)
+        drawn = random.SystemRandom().uniform(corrupt_from, corrupt_to) if corrupt_from < math.inf else math.inf
+        moment = time.monotonic() + drawn
         while not stop:
             number += 1
             begun_ns = time.time_ns()
@@ -98,6 +106,7 @@ def main(uri: str, directory: Path, from_seconds: float = 4.0, to_seconds: float
                 secret = {"begun_ns": begun_ns, "acked_ns": time.time_ns()}
                 (directory / "secret").write_text(json.dumps(secret))
                 corrupted = True
+            time.sleep(pause_seconds)
         client.flush()
 
 
