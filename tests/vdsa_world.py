@@ -214,6 +214,11 @@ class World:
             return
         self.links = [(deque(), deque()) for _ in range(self.connection_count)]
         welcome = self.target.hello(self.source.stream.hex())
+        if welcome == "stream":
+            # A target that was started again takes no stream that a former one took.
+            self.do(self.source.lost_stream())
+            self.links = [(deque(), deque()) for _ in range(self.connection_count)]
+            welcome = self.target.hello(self.source.stream.hex())
         assert isinstance(welcome, Welcome)
         self.up = True
         for durable in self.target.durables:

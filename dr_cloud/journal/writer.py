@@ -298,6 +298,7 @@ class JournalWriter:
         tag: str = "",
         description: str = "",
         request: str = "",
+        stream: str = "",
     ) -> Cut:
         """End the interval at `time_ns`: every entry up to it was appended before this call.
 
@@ -309,6 +310,7 @@ class JournalWriter:
             tag: A name given by hand.
             description: Its description.
             request: The id of the request that it fulfils.
+            stream: The id of the stream that it is cut from.
         """
         time_ns = max(time_ns, self._last.time_ns)
         late_ns = np.uint64(self._last.time_ns + 1)
@@ -347,6 +349,7 @@ class JournalWriter:
             tag=tag,
             description=description,
             request=request,
+            stream=stream,
             cuts=dict(self._cuts),
             disks=self.disks,
             objects=[ref] if has_object else [],

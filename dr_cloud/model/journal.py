@@ -70,6 +70,8 @@ class Checkpoint(_Record):
     description: str = ""
     request: str = ""
     """Id of the request that it fulfils, if it was made by hand."""
+    stream: str = ""
+    """The source's stream (its id in hexadecimal) that it was cut from; empty for one that opens a writer."""
     cuts: dict[str, int] = Field(default_factory=dict)
     """The last sequence of each tap (its id in hexadecimal) that this checkpoint holds."""
     disks: list[Disk] = Field(default_factory=list)

@@ -21,8 +21,8 @@ Another stream
     cut; the new stream's taps synchronise, so nothing that was lost with the old one is missing then.
 
 Crash recovery
-    A new writer, with a new generation, begins at the newest checkpoint; the source sees the generation and begins a
-    new stream.
+    A new writer, with a new generation, begins at the newest checkpoint. The checkpoints name every stream that was
+    taken; none of them is taken again. A source that comes back begins a new one.
 
 Threads: `hello` and `receive` belong to one thread (the event loop), `apply` to one, `commit` to one.
 """
@@ -85,7 +85,10 @@ class TargetCore:
         self.received = 0
         self.duplicates = 0
         self.durables: deque[Durable] = deque(maxlen=_DURABLES_KEPT)
-        self._retired: dict[str, RefusedCode] = {}
+        # Every stream that a former target took: what was recorded of it must not be taken for new.
+        self._retired: dict[str, RefusedCode] = {
+            checkpoint.stream: "stream" for checkpoint in self.catalogue.checkpoints if checkpoint.stream
+        }
         self._held: dict[int, Item] = {}
         self._bytes: dict[int, int] = {}
         self._unacknowledged_bytes = 0
@@ -169,6 +172,7 @@ class TargetCore:
             tag=item.tag,
             description=item.description,
             request=item.request,
+            stream=stream,
         )
         return Pending(stream, item, cut)
 

@@ -7,6 +7,7 @@ from the store alone, is what its own source wrote.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import google_crc32c
 import pytest
-from isolation_frames import HandSource, durable, greet, heard, newest_image
+from isolation_frames import DISK_BLOCKS, FRAME_BLOCKS, HandSource, durable, greet, heard, newest_image
 
 from dr_cloud.journal.frame import HEAD, HEAD_BYTES, check_groups, open_frame
 from dr_cloud.journal.verify import verify_object
@@ -41,16 +42,38 @@ class Rig:
     """A target of all these scopes, a source for each, and one store for all."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.address = f"unix:{folder}/t"
         self.keyring = Keyring.open(folder / "keyring")
         for enterprise in ("acme", "brit"):
             self.keyring.create(enterprise)
         self.store = open_store("memory:")
-        self.vdsa = TargetVdsa(self.keyring, folder / "digests", self.admit)
         self.sources: dict[Scope, HandSource] = {}
         self.streams: dict[Scope, PlainStream] = {}
         self.sent: dict[Scope, list[bytes]] = {}
         """Every frame that was sent and is durable, as a message."""
+        self.said: dict[Scope, list[str | bytes]] = {}
+        """All that was sent after the last hello."""
+        self.server: asyncio.Server
+
+    async def start(self) -> None:
+        self.vdsa = TargetVdsa(self.keyring, self.folder / "digests", self.admit)
+        self.server = await listen(self.address, self.vdsa.serve)
+
+    async def stop(self) -> None:
+        for stream in self.streams.values():
+            stream.close()
+        self.server.close()
+        await self.vdsa.close()
+
+    async def restart(self) -> None:
+        """Another target takes the place of this one, on the same store."""
+        await self.stop()
+        await self.start()
+
+    async def say(self, scope: Scope, message: str | bytes) -> None:
+        self.said[scope].append(message)
+        await self.streams[scope].send(message)
 
     def admit(self, scope: Scope) -> Store:
         if scope != OURS and scope not in OTHERS.values():
@@ -65,16 +88,18 @@ class Rig:
         if before is not None:
             source.blocks = before.blocks
         await greet(self.streams[scope], source)
-        await self.streams[scope].send(source.taps())
+        self.said[scope] = []
+        await self.say(scope, source.taps())
         await self.go_on(scope)
 
     async def go_on(self, scope: Scope) -> None:
         """Write, and see it durable and right."""
-        source, stream = self.sources[scope], self.streams[scope]
+        source = self.sources[scope]
         for _ in range(2):
             self.sent.setdefault(scope, []).append(source.frame())
-            await stream.send(self.sent[scope][-1])
-        await durable(stream, source)
+            await self.say(scope, self.sent[scope][-1])
+        await self.say(scope, source.checkpoint())
+        assert isinstance(await heard(self.streams[scope]), link.Durable)
         self.check(scope)
 
     def check(self, scope: Scope) -> None:
@@ -87,14 +112,11 @@ class Rig:
 @pytest.fixture
 async def rig(tmp_socket_dir: Path) -> AsyncIterator[Rig]:
     rig = Rig(tmp_socket_dir)
-    server = await listen(rig.address, rig.vdsa.serve)
+    await rig.start()
     for scope in (OURS, *OTHERS.values()):
         await rig.begin(scope)
     yield rig
-    for stream in rig.streams.values():
-        stream.close()
-    server.close()
-    await rig.vdsa.close()
+    await rig.stop()
 
 
 class Parts(NamedTuple):
@@ -268,6 +290,29 @@ async def test_the_same_frame_twice_is_journaled_once(rig: Rig) -> None:
         await stream.send(copy)
     await rig.go_on(OURS)
     assert rig.vdsa.status(OURS).duplicates == duplicates + 3
+
+
+async def test_a_whole_stream_cannot_be_said_again(rig: Rig) -> None:
+    """R5, R11: recorded, and said anew to a target that has been started again: old writes take no new one's place."""
+    said = rig.sources[OURS]
+    recorded = [said.hello(), *rig.said[OURS]]
+    await rig.begin(OURS)
+    source = rig.sources[OURS]
+    for frame in range(DISK_BLOCKS // FRAME_BLOCKS):
+        source.number += 1
+        await rig.streams[OURS].send(message(source.number, source.sealed(source.number, frame * FRAME_BLOCKS)))
+    await durable(rig.streams[OURS], source)
+    rig.check(OURS)
+    await rig.restart()
+    replay = await connect(rig.address)
+    for each in recorded:
+        await replay.send(each)
+    refusal = await heard(replay)
+    assert isinstance(refusal, link.Refused), refusal
+    assert refusal.code == "stream"
+    replay.close()
+    rig.check(OURS)
+    await rig.begin(OURS)
 
 
 async def test_an_object_at_anothers_key_is_not_read(rig: Rig) -> None:
