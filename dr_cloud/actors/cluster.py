@@ -190,7 +190,11 @@ def ask_again(call: Callable[[], Any], what: str, timeout_seconds: float = ANSWE
     while True:
         try:
             return ask(call(), what, max(0.1, deadline - time.monotonic()))
-        except UnavailableError:
+        except UnavailableError as error:
+            cause = error.__cause__
+            if isinstance(cause, ray.exceptions.ActorDiedError) and "__init__" in str(cause):
+                reason = str(cause).strip().splitlines()[-1]
+                raise DrCloudError(f"{what} could not be started: {reason}", "Look at its log.") from error
             if time.monotonic() + _PAUSE_SECONDS > deadline:
                 raise
             time.sleep(_PAUSE_SECONDS)

@@ -20,7 +20,7 @@ from dr_cloud.actors.gate import Ask, Gate, Office
 from dr_cloud.actors.inner import Inner
 from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.node import LoopThread
-from dr_cloud.actors.settings import AskManager, ProviderSettings
+from dr_cloud.actors.settings import ManagerDesk, ProviderSettings
 from dr_cloud.link.websocket import LinkServer, serve
 from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.replication import LogRequest
@@ -41,13 +41,14 @@ class Door:
             settings: The provider.
             enterprise: Whose door it is.
             port: Where its sites dial; always the same.
-            ask: Asks the manager.
+            ask: Asks the enterprise's manager.
         """
         keep_freed_memory()
         settings.node.make_folders()
         self._settings = settings
         self._enterprise = enterprise
         self._port = port
+        self._desk = ManagerDesk(settings.placement)
         self._office = Office(enterprise, ask)
         self._problem = ""
         self._is_open = threading.Event()
@@ -74,7 +75,7 @@ class Door:
     async def _open(self) -> None:
         config = self._settings.config
         address = node_address()
-        credentials = await asyncio.to_thread(self._settings.credentials, "connector", [config.link_host, address])
+        credentials = await asyncio.to_thread(self._desk.certified, "connector", [config.link_host, address])
         inner = Inner() if self._settings.placement.local else Inner(address, credentials)
         self._gate = Gate(config.name, self._enterprise, self._office, inner.connect)
         self._links: LinkServer = await serve(
@@ -137,4 +138,4 @@ class Connector(Door):
     def __init__(self, settings: ProviderSettings, enterprise: str, port: int) -> None:
         """Begin to open; see `Door`."""
         self._log_files = start_log(settings, settings.connector_name(enterprise))
-        super().__init__(settings, enterprise, port, AskManager(settings.placement))
+        super().__init__(settings, enterprise, port, ManagerDesk(settings.placement).ask)

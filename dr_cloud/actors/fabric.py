@@ -196,7 +196,10 @@ class RayFabric:
         options = self._placement.options(name, at_data_center(data_center))
         whose = enterprise if self._settings.vdsa_per_enterprise else None
         return Vdsa.options(**options).remote(  # type: ignore[attr-defined]
-            self._settings.node, name, provider=self._settings.without_database, place=(data_center, host, whose)
+            self._settings.node,
+            name,
+            provider=self._settings.without_database,
+            place=(data_center, host, whose),
         )
 
     def target(self, route: Route) -> Target:

@@ -1,4 +1,4 @@
-"""The `CloudManager` actor: the manager, its tasks and the REST API in one process, so that they come back together.
+"""The manager, its tasks and the REST API in one process, so that they come back together.
 
 Start
     The database is opened, what runs is found by name (connectors, VDSAs, stacks) and what is missing is started, the
@@ -29,26 +29,23 @@ from typing import Any, Final
 
 import ray
 import structlog
-from pydantic import BaseModel, ConfigDict
 
-from dr_cloud.actors.cluster import START_SECONDS, Where, whereabouts
+from dr_cloud.actors.cluster import START_SECONDS
 from dr_cloud.actors.connector import Connector, Door
 from dr_cloud.actors.divided import DividedCloud, Key, carry_out
 from dr_cloud.actors.fabric import RayFabric, free_port
 from dr_cloud.actors.gate import Target
 from dr_cloud.actors.https import ApiServer, split_listen
 from dr_cloud.actors.logs import start_log
-from dr_cloud.actors.settings import MANAGER, ProviderSettings
+from dr_cloud.actors.settings import ADMIN_TOKEN, MANAGER, ProviderSettings, Ready, registry_url
 from dr_cloud.api.app import make_app
 from dr_cloud.manager.cloud import SYSTEM, Cloud
-from dr_cloud.manager.db import migrate, open_engine
-from dr_cloud.manager.registry import rebuild
-from dr_cloud.manager.tenancy import Database
+from dr_cloud.manager.db import open_engine
 from dr_cloud.model.cloud import PAGE_LIMIT_MAX, PageRequest, TokenRequest
 from dr_cloud.model.errors import ConflictError, DrCloudError, ForbiddenError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.principal import Role
-from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig
+from dr_cloud.model.provider import EnterpriseConfig
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.identity import replace_file
 from dr_cloud.seal.keyring import Keyring
@@ -58,7 +55,6 @@ _ADMIN_LIFETIME_SECONDS: Final = 365 * 86400
 _RETRY_SECONDS: Final = 1.0
 _PATIENCE_SECONDS: Final = 15.0
 """A former self may hold a port for a moment."""
-ADMIN_TOKEN: Final = "admin-token"
 _INBOUND: Final = frozenset(
     {
         "certificate_ok",
@@ -74,19 +70,6 @@ _INBOUND: Final = frozenset(
 """What connectors and VDSAs may ask of the manager's operations."""
 
 _log = structlog.get_logger(__name__)
-
-
-class Ready(BaseModel):
-    """Where a provider that is ready can be reached."""
-
-    model_config = ConfigDict(frozen=True)
-
-    provider: str
-    api: str
-    ca: str
-    """Path of the CA's certificate: what clients of the API trust."""
-    links: dict[str, str]
-    """Where the sites of each enterprise dial."""
 
 
 class Core:
@@ -179,24 +162,8 @@ class Core:
         self.fabric.close()
 
 
-def registry_url(config: ProviderConfig) -> str:
-    """Return the store in which the registry is kept: the first datastore of the first data center."""
-    return config.data_centers[0].datastores[0].store
-
-
-def rebuild_database(config: ProviderConfig) -> dict[str, int]:
-    """Fill the provider's empty database from the registry in the store; see `dr_cloud.manager.registry.rebuild`."""
-    engine = open_engine(config.database)
-    try:
-        migrate(engine)
-        return rebuild(Database(engine), open_store(registry_url(config)), Keyring.open(config.state / "keyring.json"))
-    finally:
-        engine.dispose()
-
-
-@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0)
-class CloudManager:
-    """The provider's manager and its API."""
+class Headquarters:
+    """The provider's manager and its API. Its actor is `dr_cloud.actors.cloud.CloudManager`."""
 
     def __init__(self, settings: ProviderSettings, tenants: Sequence[EnterpriseConfig]) -> None:
         """Begin to open.
@@ -300,10 +267,6 @@ class CloudManager:
         if method not in _INBOUND:
             raise ForbiddenError(f"{method} is not for connectors and VDSAs")
         return getattr(self._core.cloud, method)(*arguments)
-
-    def where(self) -> Where:
-        """Return where it runs."""
-        return whereabouts()
 
     def stop(self) -> None:
         """End the API and what runs by itself; the actor is of no use afterwards."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,11 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, Placement, answer, ask_again
 from dr_cloud.actors.node import NodeSettings
-from dr_cloud.model.errors import DrCloudError, UnavailableError
+from dr_cloud.model.errors import ConflictError, DrCloudError, UnavailableError
 from dr_cloud.model.provider import Architecture, DatastoreConfig, ProviderConfig, load_yaml
 from dr_cloud.seal.identity import Credentials, new_key_and_csr
 
 MANAGER: Final = "manager"
+ADMIN_TOKEN: Final = "admin-token"
+"""The file, in the state folder, with the first administrator's token."""
 _FILE_URL: Final = re.compile(r"file://(?!/)(.+)")
 
 
@@ -67,37 +73,57 @@ class ProviderSettings(BaseModel):
         """Return the name of the VDSA that serves an enterprise on a host; none where one serves all."""
         return f"vdsa/{data_center}/{host}/{enterprise if self.vdsa_per_enterprise else ''}"
 
-    def credentials(self, service: str, hosts: list[str]) -> Credentials:
-        """Have the manager certify a new key of this process, which waits while the manager is away.
 
-        Args:
-            service: What the process is.
-            hosts: Names and addresses by which it is reached.
-        """
-        key, csr = new_key_and_csr()
-        certificate, ca = ask_again(
-            lambda: self.placement.find(MANAGER).certify.remote(csr, service, hosts), "the manager", START_SECONDS
-        )
-        return Credentials(key, certificate, ca)
+class Ready(BaseModel):
+    """Where a provider that is ready can be reached."""
+
+    model_config = ConfigDict(frozen=True)
+
+    provider: str
+    api: str
+    ca: str
+    """Path of the CA's certificate: what clients of the API trust."""
+    links: dict[str, str]
+    """Where the sites of each enterprise dial."""
 
 
-class AskManager:
-    """Asks the provider's manager over Ray, from an event loop. It is looked for anew after it could not be reached."""
+class ManagerDesk:
+    """The provider's manager, as other actors reach it.
+
+    It is found by name, and looked for anew after it could not be reached.
+    """
 
     def __init__(self, placement: Placement) -> None:
         """Find it when it is first asked."""
         self._placement = placement
         self._manager: Any = None
 
-    async def __call__(self, method: str, *arguments: Any) -> Any:
+    def _found(self) -> Any:
+        if self._manager is None:
+            self._manager = self._placement.find(MANAGER)
+        return self._manager
+
+    async def ask(self, method: str, *arguments: Any) -> Any:
         """Have an operation carried out. Raises its error, or `UnavailableError` if the manager is away."""
         try:
-            if self._manager is None:
-                self._manager = await asyncio.to_thread(self._placement.find, MANAGER)
-            return await answer(self._manager.inbound.remote(method, *arguments), "the manager", UNHEARD_SECONDS)
+            manager = self._manager or await asyncio.to_thread(self._found)
+            return await answer(manager.inbound.remote(method, *arguments), "the manager", UNHEARD_SECONDS)
         except UnavailableError:
             self._manager = None
             raise
+
+    def certified(self, service: str, hosts: list[str]) -> Credentials:
+        """Make a key and have the manager certify it; waits while the manager is away.
+
+        Args:
+            service: What this process is.
+            hosts: Names and addresses by which it is reached.
+        """
+        key, csr = new_key_and_csr()
+        certificate, ca = ask_again(
+            lambda: self._placement.find(MANAGER).certify.remote(csr, service, hosts), "the manager", START_SECONDS
+        )
+        return Credentials(key, certificate, ca)
 
 
 def load_provider(path: Path, state: Path | None = None) -> ProviderConfig:
@@ -135,3 +161,26 @@ def load_provider(path: Path, state: Path | None = None) -> ProviderConfig:
             "database": config.database or f"sqlite:///{state}/provider.db",
         }
     )
+
+
+def registry_url(config: ProviderConfig) -> str:
+    """Return the store in which the registry is kept: the first datastore of the first data center."""
+    return config.data_centers[0].datastores[0].store
+
+
+@contextlib.contextmanager
+def locked(state: Path) -> Iterator[None]:
+    """Hold the state folder. Raises `ConflictError` if another process does, `DrCloudError` if it cannot be used."""
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DrCloudError(f"state folder {state} cannot be used: {error.strerror}", "Name another.") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConflictError(f"another process runs the provider of {state}", "Stop it first.") from None
+    else:
+        yield
+    finally:
+        os.close(fd)

@@ -13,43 +13,22 @@ End
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final
 
 import ray
 import structlog
 
+from dr_cloud.actors.cloud import CloudManager
 from dr_cloud.actors.cluster import START_SECONDS, Placement, ask, ask_again, start_ray
-from dr_cloud.actors.manager import ADMIN_TOKEN, CloudManager, Ready
-from dr_cloud.actors.settings import MANAGER, ProviderSettings
-from dr_cloud.model.errors import ConflictError, DrCloudError
+from dr_cloud.actors.settings import ADMIN_TOKEN, MANAGER, ProviderSettings, Ready
+from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, load_yaml
 
 _READY_SECONDS: Final = 300.0
 _THERE_SECONDS: Final = 3.0
 
 _log = structlog.get_logger(__name__)
-
-
-@contextlib.contextmanager
-def locked(state: Path) -> Iterator[None]:
-    """Hold the state folder. Raises `ConflictError` if another process does, `DrCloudError` if it cannot be used."""
-    try:
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise DrCloudError(f"state folder {state} cannot be used: {error.strerror}", "Name another.") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConflictError(f"another process runs the provider of {state}", "Stop it first.") from None
-    else:
-        yield
-    finally:
-        os.close(fd)
 
 
 def tenants_of(config: ProviderConfig) -> list[EnterpriseConfig]:
@@ -75,12 +54,10 @@ class RunningProvider:
         self._placement: Placement = start_ray(config.ray, config.name)
         self.settings = ProviderSettings(config=config, placement=self._placement)
         try:
-            CloudManager.options(**self._placement.options(MANAGER)).remote(  # type: ignore[attr-defined]
+            manager = CloudManager.options(**self._placement.options(MANAGER)).remote(  # type: ignore[attr-defined]
                 self.settings, tenants
             )
-            self.ready: Ready = ask_again(
-                lambda: self._placement.find(MANAGER).ready.remote(), "the manager", _READY_SECONDS
-            )
+            self.ready: Ready = ask_again(lambda: manager.ready.remote(), "the manager", _READY_SECONDS)
         except BaseException:
             self.close()
             raise

@@ -34,7 +34,7 @@ from dr_cloud.actors.gate import Target
 from dr_cloud.actors.inner import Inner
 from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.node import LoopThread, NodeSettings, Stores
-from dr_cloud.actors.settings import AskManager, ProviderSettings
+from dr_cloud.actors.settings import ManagerDesk, ProviderSettings
 from dr_cloud.journal.reader import JournalReader
 from dr_cloud.journal.writes import list_writes
 from dr_cloud.link.stream import MessageStream
@@ -96,7 +96,7 @@ class Vdsa:
         self._targets = {target.scope: target for target in [*self._recalled(), *targets]}
         self._orders = SiteOrders(revision=0, hosts=[])
         self._hubs: dict[str, SourceHub] = {}
-        self._ask = AskManager(provider.placement) if provider is not None else None
+        self._desk = ManagerDesk(provider.placement) if provider is not None else None
         self._loop = LoopThread("vdsa")
         self._loop.call(self._start(socket or settings.socket(name)))
 
@@ -109,10 +109,10 @@ class Vdsa:
             self._following = asyncio.create_task(self._follow_for_ever(), name="follow")
 
     def _inner_end(self) -> Inner:
-        if self._provider is None or self._provider.placement.local:
+        if self._provider is None or self._desk is None or self._provider.placement.local:
             return Inner()
         address = node_address()
-        return Inner(address, self._provider.credentials("vdsa", [address]))
+        return Inner(address, self._desk.certified("vdsa", [address]))
 
     def _store(self, scope: Scope) -> Store:
         target = self._targets.get(scope)
@@ -171,8 +171,8 @@ class Vdsa:
                 continue
 
     async def _follow(self) -> None:
-        assert self._place is not None and self._ask is not None
-        orders: SiteOrders = await self._ask("host_orders", *self._place)
+        assert self._place is not None and self._desk is not None
+        orders: SiteOrders = await self._desk.ask("host_orders", *self._place)
         wanted = {target.scope: target for target in orders.targets}
         gone = [scope for scope in self._targets if scope not in wanted]
         if wanted != self._targets:
@@ -205,12 +205,12 @@ class Vdsa:
 
     async def _connect(self, scope: Scope) -> MessageStream:
         """Open a stream to the target of a scope, in a data center or behind its enterprise's door."""
-        assert self._ask is not None
-        target: Target = await self._ask("target", scope)
+        assert self._desk is not None
+        target: Target = await self._desk.ask("target", scope)
         return await self._inner.connect(target.address)
 
     async def _report(self) -> None:
-        assert self._place is not None and self._ask is not None
+        assert self._place is not None and self._desk is not None
         data_center, host, _ = self._place
         report = SiteReport(
             revision=self._orders.revision,
@@ -220,7 +220,7 @@ class Vdsa:
             sources=[report for hub in self._hubs.values() for report in hub.reports()],
             targets=self._vdsa.reports(),
         )
-        await self._ask("host_report", data_center, host, report)
+        await self._desk.ask("host_report", data_center, host, report)
 
     def _seen(self) -> list[SeenServer]:
         return [

@@ -13,8 +13,8 @@ import yaml
 from dr_cloud.actors.cluster import Placement
 from dr_cloud.actors.fabric import Ports
 from dr_cloud.actors.https import split_listen
-from dr_cloud.actors.settings import ProviderSettings, load_provider
-from dr_cloud.actors.up import locked, tenants_of
+from dr_cloud.actors.settings import ProviderSettings, load_provider, locked
+from dr_cloud.actors.up import tenants_of
 from dr_cloud.model.errors import ConflictError, DrCloudError, LimitError
 from dr_cloud.model.provider import Architecture
 
