@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ray
 from e2e_world import wait_until
-from provider_world import CloudWorld
+from provider_world import CloudWorld, Server
 
+from dr_cloud.actors.cluster import ask
+from dr_cloud.actors.up import RunningProvider
 from dr_cloud.model.provider import Architecture
 
 pytestmark = pytest.mark.system
@@ -37,6 +42,32 @@ EXPECTED = {
 }
 
 
+def links(provider: RunningProvider, enterprise: str) -> int:
+    """How many connections an enterprise's door has."""
+    port = int(provider.ready.links[enterprise].rpartition(":")[2].partition("/")[0])
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(1 for row in rows if row[3] == "01" and int(row[1].partition(":")[2], 16) == port)
+
+
+def check_apart(world: CloudWorld, provider: RunningProvider, other: Server) -> None:
+    """What is one enterprise's own may hang: the other's checkpoints and calls go on (R12)."""
+    placement = provider.settings.placement
+    own = [name for name in ("connector/acme", "vdsa/us-east/h1/acme") if name in provider.actors()]
+    pids = [ask(placement.find(name).where.remote(), name).pid for name in own]
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            call = threads.submit(world.client("acme").vpg, "web")
+            world.wait_newest(other)
+            assert world.client("brit").vpg("web").name == "web"
+            assert call.done() != provider.settings.manager_per_enterprise, "whose control carried it out?"
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        assert call.result(60).enterprise == "acme"
+
+
 @pytest.mark.usefixtures("one_ray")
 @pytest.mark.parametrize("architecture", list(Architecture))
 def test_tap_to_image(architecture: Architecture) -> None:
@@ -56,6 +87,9 @@ def test_tap_to_image(architecture: Architecture) -> None:
         wait_until(lambda: all(len(server.guest.writes) > 300 for server in servers))
         time.sleep(1)
         assert set(provider.actors()) >= EXPECTED[architecture]
+        alone = architecture is not Architecture.PAIRED_CONNECTORS
+        assert links(provider, "acme") == (2 if alone else 1), "control, and each VPG on its own where not gathered"
+        check_apart(world, provider, servers[1])
         for server in servers:
             world.check(server, times=2)
     finally:
