@@ -37,7 +37,7 @@ from dr_cloud.client.client import Client
 from dr_cloud.demo.cloud import HOST, LocalCloud, done
 from dr_cloud.model.cloud import VdsaDeployment
 from dr_cloud.model.errors import DrCloudError
-from dr_cloud.model.provider import EnterpriseConfig, SiteConfig
+from dr_cloud.model.provider import Architecture, EnterpriseConfig, SiteConfig
 from dr_cloud.model.units import SECOND_NS, format_size
 from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
 from dr_cloud.nbd.async_client import AsyncNbdClient
@@ -58,6 +58,7 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _KINDS: Final = (
     ("ray::CloudManager", "manager"),
     ("ray::Connector", "connector"),
+    ("ray::EnterpriseManager", "enterprise's manager"),
     ("ray::Vdsa", "target VDSA"),
     ("ray::", "other Ray workers"),
     ("ray", "Ray itself"),
@@ -148,8 +149,9 @@ def memory_left_bytes() -> int:
 class World:
     """A provider, and the enterprises that were added to it."""
 
-    def __init__(self, directory: Path, vpgs: int) -> None:
+    def __init__(self, directory: Path, vpgs: int, architecture: Architecture = Architecture.PAIRED_CONNECTORS) -> None:
         self.vpgs = vpgs
+        self._architecture = architecture
         self.uris: list[str] = []
         self.ports: set[int] = set()
         self.enterprises = 0
@@ -171,7 +173,8 @@ class World:
             "hosts": [{"name": f"host-{n}", "datastores": ["ds-1"]} for n in (1, 2)],
             "clusters": [{"name": "compute", "hosts": ["host-1", "host-2"]}],
         }
-        self._cloud.begin_provider({"name": "provider", "idle_stacks": 0, "data_centers": [center]})
+        config = {"name": "provider", "idle_stacks": 0, "data_centers": [center]}
+        self._cloud.begin_provider({**config, "architecture": self._architecture.value})
         self._client = self._cloud.wait_provider()
 
     def close(self) -> None:
