@@ -306,7 +306,7 @@ class RayFabric:
                 with self._lock:
                     self._stacks[test] = (opened, actor, pool)
                 found[test] = _served(opened)
-        pool.refill()  # not before: a process that starts would take its time from those that open
+        pool.refill_soon()
         return found
 
     def _opened(

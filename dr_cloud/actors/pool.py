@@ -23,6 +23,7 @@ from dr_cloud.actors.stack import OpenedStack, StackActor
 from dr_cloud.model.errors import UnavailableError
 
 _START_SECONDS = 120.0
+_REFILL_SECONDS = 5.0
 
 
 class StackPool:
@@ -51,6 +52,8 @@ class StackPool:
         self._idle_wanted = idle
         self._labels = dict(labels or {})
         self._lock = threading.Lock()
+        self._filling = threading.Lock()
+        self._closed = False
         self._fresh: list[Any] = []
         self._kept: dict[str, list[Any]] = {}
 
@@ -70,9 +73,21 @@ class StackPool:
 
     def refill(self) -> None:
         """Start actors until enough are idle; they become ready on their own."""
-        with self._lock:
-            while len(self._fresh) < self._idle_wanted:
-                self._fresh.append(self.start())
+        with self._filling:
+            while True:
+                with self._lock:
+                    if self._closed or len(self._fresh) >= self._idle_wanted:
+                        return
+                # Ray may take a second to note an actor: nobody who takes one waits for that.
+                actor = self.start()
+                with self._lock:
+                    self._fresh.append(actor)
+
+    def refill_soon(self) -> None:
+        """Do so in the background, and not at once: processes that start would take their time from tests that open."""
+        later = threading.Timer(_REFILL_SECONDS, self.refill)
+        later.daemon = True
+        later.start()
 
     def start(self) -> Any:
         """Start an actor that is not kept here: for a test whose idle actor turned out to be dead."""
@@ -112,6 +127,7 @@ class StackPool:
     def close(self) -> None:
         """End every idle actor."""
         with self._lock:
+            self._closed = True
             idle = [*self._fresh, *itertools.chain.from_iterable(self._kept.values())]
             self._fresh.clear()
             self._kept.clear()

@@ -113,7 +113,7 @@ class LocalCloud:
 
 def done(client: Client, task: Task, timeout_seconds: float = 90.0) -> Task:
     """Wait for a task. Raises `DrCloudError` if it has not succeeded in time."""
-    ended = client.wait_task(task.id, timeout_seconds, poll_seconds=0.05)
+    ended = client.wait_task(task.id, timeout_seconds, poll_seconds=0.1)
     if ended.completion is not CompletionCode.SUCCESS:
         raise DrCloudError(f"{ended.type} ended as {ended.completion.value}: {ended.exception}", ended.remedy or "")
     return ended

@@ -15,7 +15,7 @@ from typing import Final
 from dr_cloud.model.errors import DrCloudError
 
 _STOP_SECONDS: Final = 10.0
-_LOOK_SECONDS: Final = 0.1
+_LOOK_SECONDS: Final = 0.25
 
 
 class Process:

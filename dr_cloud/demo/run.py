@@ -17,7 +17,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,9 +104,9 @@ class DemoRun:
         self.recovery = {one.name: Recovery(one, self._probes) for one in self.enterprises}
         self.wait_newest(0, "the first checkpoint of every group")
 
-    def wait_newest(self, after_ns: int, what: str) -> None:
-        """Wait until every target of every enterprise has an image of a time after this."""
-        for enterprise in self.enterprises:
+    def wait_newest(self, after_ns: int, what: str, enterprises: Sequence[Enterprise] = ()) -> None:
+        """Wait until every target of these enterprises (all) has an image of a time after this."""
+        for enterprise in enterprises or self.enterprises:
             self.cloud.wait_until(lambda one=enterprise: one.newest_ns() > after_ns, what)  # type: ignore[misc]
 
     def test(self, span: tuple[int, int]) -> list[list[Tested]]:
@@ -138,13 +138,13 @@ class DemoRun:
 
 
 def _provider(stacks: int) -> tuple[dict[str, Any], ProviderConfig]:
-    """Return the example provider as a document, and what it means; idle stacks are for the one that is corrupted."""
+    """Return the example provider as a document, with as many idle stacks as are used, and what it means."""
     file = ROOT / "infra" / "local.yaml"
     config = load_yaml(file, ProviderConfig)
     raw = yaml.safe_load(file.read_text())
-    (home, *_) = [center.name for center in config.data_centers if center.jurisdiction == _tenants()[0].jurisdiction]
-    for center in raw["data_centers"]:
-        center["idle_stacks"] = stacks if center["name"] == home else 0
+    wanted = {tenant.jurisdiction: stacks if tenant.name == CORRUPTED else STACKS_OF_OTHERS for tenant in _tenants()}
+    for center in raw["data_centers"]:  # in the first of each jurisdiction
+        center["idle_stacks"] = wanted.pop(center["jurisdiction"], 0)
     return {**raw, "tenants": str(ROOT / "tenants")}, config
 
 
@@ -221,16 +221,17 @@ def _run(run: DemoRun, report: Path | None) -> bool:
     stacks = sum(enterprise.size.stacks for enterprise in run.enterprises)
     with run.phase("stacks", f"{stacks} stacks in parallel, at arbitrary times, while the databases go on"):
         tested = run.test((started_ns, until_ns))
+    for enterprise in run.enterprises[1:]:
+        enterprise.stop_workload()
     recovery = run.recovery[corrupted.name]
     with run.phase("search", f"the last clean time of {corrupted.name}, to within one write"):
         clean_ns, dirty_ns, search = recovery.find_last_clean(tested[0], run.parallel, run.show_round)
     with run.phase("wall", "every enterprise aims at the others' things, with a good token"):
         aims, leaks = _aim_all(run, tested)
     with run.phase("isolation", "a stack is written to and stopped; production and replicas are compared"):
-        for enterprise in run.enterprises:
-            enterprise.stop_workload()
+        corrupted.stop_workload()
         stopped_ns = time.time_ns()
-        run.wait_newest(stopped_ns, "the last checkpoint")
+        run.wait_newest(stopped_ns, "the last checkpoint", [corrupted])
         before = {_hash_file(corrupted.image), *recovery.hash_images(stopped_ns)}
         written, stored = recovery.write_to_a_stack(stopped_ns)
         after = {_hash_file(corrupted.image), *recovery.hash_images(stopped_ns)}
