@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 from e2e_world import wait_until
 from provider_world import DISK_BYTES, CloudWorld, Server
 from vdsa_images import ImageReader
 
 from dr_cloud.journal.catalogue import Catalogue
 from dr_cloud.model.blocks import BLOCK_SIZE
+from dr_cloud.model.cloud import LogRequest
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import Scope
 from dr_cloud.seal.keyring import Keyring
@@ -89,6 +94,32 @@ def test_all_directions_at_once(world: CloudWorld) -> None:
     assert {vpg.name: vpg.status for vpg in client.vpgs()} == dict.fromkeys(
         ("web", "cloud-db", "cloud-app"), "Protecting"
     )
+
+
+def files_in(world: CloudWorld, enterprise: str, request: LogRequest) -> dict[str, bytes]:
+    client = world.client(enterprise)
+    task = world.done(enterprise, client.collect_logs(request))
+    with tarfile.open(fileobj=io.BytesIO(client.log_archive(task.id))) as packed:
+        found = {name: packed.extractfile(name) for name in packed.getnames()}
+        return {name: file.read() for name, file in found.items() if file is not None}
+
+
+def test_logs_of_a_site_and_of_the_provider(world: CloudWorld) -> None:
+    """R20: a site's come over its link, the provider's from its processes; no secret is in either."""
+    of_site = files_in(world, "acme", LogRequest(site="chicago", core=True))
+    assert b"vdsa.source" in of_site["log.jsonl"]
+    assert {"about.json", "vdsa.json", "core.json"} <= set(of_site)
+    of_provider = files_in(world, "-", LogRequest())
+    assert b"manager.open" in of_provider["manager.jsonl"]
+    assert b"link.open" in of_provider["connector+acme.jsonl"]
+    assert "vdsa+us-east+h1.jsonl" in of_provider
+    assert not [name for name in files_in(world, "-", LogRequest(vdsa=False)) if name.startswith("vdsa")]
+    keyring = json.loads((world.folder / "p" / "keyring.json").read_text())["enterprises"]
+    token = (world.folder / "p" / "admin-token").read_text().strip()
+    pairing = yaml.safe_load((world.folder / "chicago.yaml").read_text())["token"]
+    for text in (*of_site.values(), *of_provider.values()):
+        assert not [secret for secret in (*keyring.values(), token, pairing) if secret.encode() in text]
+        assert b"PRIVATE KEY" not in text
 
 
 def test_unpairing_cuts_the_link_at_once(world: CloudWorld) -> None:
