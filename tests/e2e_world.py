@@ -60,11 +60,15 @@ class Processes:
         self.environment = {**os.environ, **(environment or {})}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *arguments: str) -> None:
-        """Start `python -m`; `wait_ready` waits for its first line."""
+    def start(self, name: str, *arguments: str, process_group: int | None = None) -> None:
+        """Start `python -m`; `wait_ready` waits for its first line. Process group 0 is one of its own."""
         with open(self.folder / f"{name}.log", "ab") as log:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=log, env=self.environment
+                [sys.executable, "-m", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self.environment,
+                process_group=process_group,
             )
 
     def wait_ready(self, name: str) -> str:

@@ -89,9 +89,10 @@ class CloudWorld(Processes):
 
     # The provider.
 
-    def start_provider(self) -> None:
+    def start_provider(self, process_group: int | None = None) -> None:
         """As a process of its own, with a Ray of its own."""
-        self.start("provider", "dr_cloud.cli.main", "provider", "up", "-c", str(self.folder / "provider.yaml"))
+        config = str(self.folder / "provider.yaml")
+        self.start("provider", "dr_cloud.cli.main", "provider", "up", "-c", config, process_group=process_group)
         self.line = self.wait_ready("provider")
 
     def start_provider_here(self) -> RunningProvider:

@@ -19,6 +19,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import ray
@@ -136,6 +137,17 @@ def start_ray(address: str, provider: str) -> Placement:
     if local:
         _log.info("ray.local", meaning="this machine stands for every data center: actors are placed anywhere on it")
     return placement
+
+
+def ray_has_gone() -> bool:
+    """Return whether one of the processes that a Ray started here cannot do without has ended."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+            state, parent = rest.split()[:2]
+            if name in ("raylet", "gcs_server") and state == "Z" and int(parent) == os.getpid():
+                return True
+    return False
 
 
 @contextlib.contextmanager

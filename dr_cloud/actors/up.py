@@ -7,12 +7,14 @@ Start
 
 End
     On SIGTERM every actor finishes what is under way and ends; then Ray, if it was started here. After kill -9 of this
-    process a Ray that was started here ends with it. The next start finds everything in the state folder and stores.
+    process a Ray that was started here ends with it; so it does when the signal went to the whole process group, as a
+    terminal and service managers send it. The next start finds everything in the state folder and stores.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -20,13 +22,14 @@ import ray
 import structlog
 
 from dr_cloud.actors.cloud import CloudManager
-from dr_cloud.actors.cluster import START_SECONDS, Placement, ask, ask_again, start_ray
+from dr_cloud.actors.cluster import START_SECONDS, Placement, ask, ask_again, ray_has_gone, start_ray
 from dr_cloud.actors.settings import ADMIN_TOKEN, MANAGER, ProviderSettings, Ready
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, load_yaml
 
 _READY_SECONDS: Final = 300.0
 _THERE_SECONDS: Final = 3.0
+_GONE_SECONDS: Final = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -50,6 +53,7 @@ class RunningProvider:
         tenants = tenants_of(config)
         token = config.state / ADMIN_TOKEN
         first = not token.exists()
+        self._ending_ray = False
         self._own_ray = not ray.is_initialized() and config.ray == "local"
         self._placement: Placement = start_ray(config.ray, config.name)
         self.settings = ProviderSettings(config=config, placement=self._placement)
@@ -72,8 +76,24 @@ class RunningProvider:
         """Return the names of the actors that run."""
         return self._placement.names()
 
-    def close(self) -> None:
-        """End every actor, and Ray if it was started here."""
+    def close(self) -> bool:
+        """End every actor, and Ray if it was started here.
+
+        Returns False if that Ray was ended by somebody else before: nothing may be asked of it then, not even its end.
+        """
+        if not self._own_ray:
+            self._close()
+            return True
+        closing = threading.Thread(target=self._close, name="close", daemon=True)
+        closing.start()
+        while closing.is_alive():
+            closing.join(_GONE_SECONDS)
+            if closing.is_alive() and not self._ending_ray and ray_has_gone():
+                _log.warning("provider.ray_gone", meaning="Ray was ended first; its actors end with it")
+                return False
+        return True
+
+    def _close(self) -> None:
         with contextlib.suppress(DrCloudError):
             ask(self._placement.find(MANAGER).stop.remote(), "the manager", START_SECONDS)
         self._placement.end(MANAGER)
@@ -86,6 +106,7 @@ class RunningProvider:
         for name in names:
             self._placement.end(name)
         if self._own_ray:
+            self._ending_ray = True
             ray.shutdown()
 
     def _stopping(self, names: Sequence[str]) -> list[tuple[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,6 +106,15 @@ def test_sigterm_ends_everything(world: CloudWorld) -> None:
     assert len(pids) >= 4
     assert world.stop("provider") == 0
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+
+
+def test_a_signal_to_the_whole_group_ends_everything_too(world: CloudWorld) -> None:
+    """As a terminal's Ctrl-C and service managers send it: Ray's own processes are told as well."""
+    world.start_provider(process_group=0)
+    pids = [pid for kind in ("CloudManager", "Connector", "Vdsa") for pid in world.actors(kind)]
+    os.killpg(world.running["provider"].pid, signal.SIGTERM)
+    assert world.running["provider"].wait(60) == 0
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20)
 
 
 def test_rebuilt_from_the_store_alone(world: CloudWorld) -> None:

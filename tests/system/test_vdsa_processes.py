@@ -64,7 +64,8 @@ class Rig:
 
     def start_source(self) -> subprocess.Popen[str]:
         return self.start(
-            "dr_cloud.cli.vdsa", "source", "--scope", SCOPE.prefix, "--member", "db/d=0", "--target", f"unix:{self.folder}/target.sock",
+            "dr_cloud.cli.vdsa", "source", "--scope", SCOPE.prefix, "--member", "db/d=0",
+            "--target", f"unix:{self.folder}/target.sock",
             "--socket", f"{self.folder}/source.sock", "--keyring", str(self.keyring.path), "--connections", "3",
             "--checkpoint-seconds", "0.25",
         )  # fmt: skip
