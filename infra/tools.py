@@ -19,9 +19,9 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 BIN: Final = ROOT / ".tools" / "bin"
-POSTGRESQL: Final = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")))
-"""Where Debian keeps the server's programs: not on the PATH."""
-SEARCH_PATH: Final = os.pathsep.join([str(BIN), os.environ.get("PATH", ""), "/usr/sbin", "/sbin", *POSTGRESQL])
+POSTGRESQL: Final = Path("/usr/lib/postgresql")
+"""Where Debian keeps the server's programs, in `<version>/bin`: not on the PATH."""
+SEARCH_PATH: Final = os.pathsep.join([str(BIN), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 PACKAGES: Final = {
     "nbdkit": "nbdkit",
     "nbdinfo": "libnbd-bin",
@@ -58,7 +58,8 @@ VERSITYGW_VERSION: Final = "v1.8.0"
 
 def is_there(program: str) -> bool:
     """Return whether the program can be run."""
-    return shutil.which(program, path=SEARCH_PATH) is not None
+    # Looked up each time: what was not there may just have been installed.
+    return shutil.which(program, path=os.pathsep.join([SEARCH_PATH, *map(str, POSTGRESQL.glob("*/bin"))])) is not None
 
 
 def missing_packages() -> list[str]:
