@@ -104,6 +104,10 @@ class Chain:
                 path = self.store_directory / layout.checkpoint_key(SCOPE, checkpoint.number)
                 return os.stat(path).st_mtime_ns
 
+    def stored_bytes(self) -> int:
+        """Return the size of everything in the store."""
+        return sum(size for _, size in self.store.list(""))
+
     def _next_checkpoint(self) -> Checkpoint | None:
         try:
             checkpoint = read_checkpoint(self.store, self._keys, self._next)

@@ -36,17 +36,21 @@ class _Load:
         self.data: content.Bytes = np.memmap(self.path, np.uint8, "r+")
         self.sizes = sizes
         self.rounds = 0
+        self.stored: list[float] = []
+        """Of each run: what was stored for a byte that was written. More where compression gave way."""
 
     def chain(self, behind: chain.Chain, uri: str) -> float:
         """Return the MiB/s of the whole chain."""
         self.rounds += 1
         content.renew(self.data, self.rounds)
+        before_bytes = behind.stored_bytes()
         command = [sys.executable, "-m", "bench.pump", uri, str(self.path), self.sizes]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise DrCloudError(f"the writes failed: {done.stderr.strip()[-500:]}")
         begun_ns, answered_ns = map(int, done.stdout.split())
         durable_ns = behind.wait_durable(answered_ns)
+        self.stored.append((behind.stored_bytes() - before_bytes) / len(self.data))
         return len(self.data) / (1 << 20) / ((durable_ns - begun_ns) / 1e9)
 
     def limit(self) -> float:
@@ -88,6 +92,7 @@ def measure(rounds: int) -> Figures:
                 figures[f"journal, writes of {name} / one thread"] = beside(runs, CHAIN, LIMIT, unit, target)
                 if not small:
                     figures[f"journal, writes of {name}"] = _rate(runs, incompressible)
+                figures[f"journal, writes of {name}: stored for a byte written"] = against(load.stored, "bytes")
     return figures
 
 
