@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from dr_cloud.vdsa.hub import SourceHub
 from e2e_world import Guest, Processes, make_disk, wait_until
 from site_provider import ENTERPRISE, KEY, SITE, PairingApi, open_authority
 from vdsa_images import ImageReader
@@ -33,6 +32,7 @@ from dr_cloud.seal.identity import Peer
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
 from dr_cloud.store.store import Store
+from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.target_io import TargetVdsa
 
 SHOP = Scope(ENTERPRISE, "shop", "dc1")

@@ -94,7 +94,7 @@ class World:
         """Open a stack and recover from it as a machine does that comes up again; check what it holds."""
         assert plan.at_ns == plan.asked_ns
         folder = self.folder / f"test-{number}"
-        with self.stacks.at(plan) as server, block_device(server.uris["d"][0], folder) as device:
+        with self.stacks.at(plan) as server, block_device(server.uris["tap/d"][0], folder) as device:
             thorough = number % 4 == 0
             if thorough:
                 assert "needs_recovery" in run("dumpe2fs", "-h", device)

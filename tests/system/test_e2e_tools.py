@@ -79,8 +79,8 @@ def test_fio_verifies_in_a_stack_what_it_wrote_through_the_tap(world: World) -> 
     first = world.now()
     fio(world.tap, 2, "--do_verify=0", "--verify_pattern=0x5a", "--verify=pattern")
     with world.stacks.at(first) as then, world.stacks.at(world.now()) as later:
-        fio(then.uris["d"][0], 1, "--verify_only")
-        assert "verify" in fio(later.uris["d"][0], 1, "--verify_only", code=1)
+        fio(then.uris["tap/d"][0], 1, "--verify_only")
+        assert "verify" in fio(later.uris["tap/d"][0], 1, "--verify_only", code=1)
         assert then.stack.statistics().blocks_written == 0
 
 
@@ -91,7 +91,7 @@ def test_qemu_io_writes_at_the_tap_and_reads_in_stacks(world: World) -> None:
     qemu_io(world.tap, "write -z 16386k 5k", "discard 16400k 8k", "write -f -P 0x33 16420k 1536", "flush")
     second = world.now()
     with world.stacks.at(first) as one, world.stacks.at(second) as two:
-        before, after = one.uris["d"][0], two.uris["d"][0]
+        before, after = one.uris["tap/d"][0], two.uris["tap/d"][0]
         qemu_io(before, "read -P 0x11 16M 1k", "read -P 0x22 16385k 512", "read -P 0x11 16386k 62k")
         qemu_io(after, "read -P 0x22 16385k 512", "read -P 0 16386k 5k", "read -P 0x11 16391k 9k")
         qemu_io(after, "read -P 0 16400k 8k", "read -P 0x11 16408k 12k", "read -P 0x33 16420k 1536")
@@ -106,7 +106,7 @@ def test_nbdcopy_and_qemu_img_compare(world: World) -> None:
     make_disk(source, SIZE, [(3 * MIB + 4096, MIB), (20 * MIB, 777)], seed=7)
     run("nbdcopy", "--flush", source, world.tap)
     with world.stacks.at(world.now()) as server:
-        uri = server.uris["d"][0]
+        uri = server.uris["tap/d"][0]
         run("nbdcopy", uri, back)
         assert "identical" in run("qemu-img", "compare", "-f", "raw", "-F", "raw", source, uri)
     assert back.read_bytes() == source.read_bytes() == world.disk.read_bytes()
@@ -127,16 +127,16 @@ def test_nbdinfo_and_qemu_img_map(world: World) -> None:
     content = world.disk.read_bytes()
     zero = {at for at in range(SIZE // BLOCK_SIZE) if not any(content[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE])}
     with world.stacks.at(world.now()) as server:
-        for uri, end in ((world.tap, "tap"), (server.uris["d"][0], "stack")):
+        for uri, name in ((world.tap, "d"), (server.uris["tap/d"][0], "tap/d")):
             (told,) = json.loads(run("nbdinfo", "--json", uri))["exports"]
             assert told["export-size"] == SIZE
             assert not told["is_read_only"]
             assert all(told[can] for can in ("can_flush", "can_fua", "can_trim", "can_zero", "can_multi_conn"))
             listed = json.loads(run("nbdinfo", "--json", "--list", uri))["exports"]
-            assert [export["export-name"] for export in listed] == ["d"]
+            assert [export["export-name"] for export in listed] == [name]
             mapped = json.loads(run("qemu-img", "map", "--output=json", "-f", "raw", uri))
             holes, data = blocks(mapped, True), blocks(mapped, False)
             assert holes | data == set(range(SIZE // BLOCK_SIZE))
             assert holes <= zero
             assert len(holes) > 7000
-            assert end == "tap" or holes == zero
+            assert name == "d" or holes == zero
