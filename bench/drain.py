@@ -11,24 +11,11 @@ import sys
 import time
 from typing import Final
 
-import numpy as np
-
 from dr_cloud.model.blocks import BLOCK_SIZE
 from dr_cloud.tap import wire
 
 MARK_SECONDS: Final = 0.05
 _MARK: Final = wire.HEAD.pack(wire.MARK, 0, 0, 0, 0, 0, 0, 1)
-_ONE_BLOCK: Final = wire.HEAD_BYTES + BLOCK_SIZE
-_KIND_AND_COUNT: Final = np.dtype({"names": ["kind", "count"], "formats": ["u1", "<u4"], "offsets": [0, 4]})
-
-
-def one_block_writes(buffer: bytearray, at: int, end: int) -> int:
-    """Return how many messages from `at` on are, one after another, writes of one block."""
-    heads: np.ndarray[tuple[int], np.dtype[np.void]] = np.ndarray(
-        ((end - at) // _ONE_BLOCK,), _KIND_AND_COUNT, buffer, at, (_ONE_BLOCK,)
-    )
-    others = np.flatnonzero((heads["kind"] != wire.WRITE) | (heads["count"] != 1))
-    return int(others[0]) if len(others) else len(heads)
 
 
 def follow(connection: socket.socket) -> None:
@@ -52,10 +39,6 @@ def follow(connection: socket.socket) -> None:
         end = held + count
         at = skip
         while at + wire.HEAD_BYTES <= end:
-            if end - at > 4 * _ONE_BLOCK:
-                at += one_block_writes(buffer, at, end) * _ONE_BLOCK
-                if at + wire.HEAD_BYTES > end:
-                    break
             kind, _, _, length, sequence, _, _, _ = wire.HEAD.unpack_from(buffer, at)
             at += wire.HEAD_BYTES
             if kind == wire.WRITE:
