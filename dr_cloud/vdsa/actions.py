@@ -12,7 +12,7 @@ from dr_cloud.link.messages import Durable
 from dr_cloud.model.vpg import Order
 from dr_cloud.vdsa.batch import Batch, Prepared
 
-_BATCH_SECONDS_MAX: Final = 0.5
+_BATCH_SECONDS_MAX: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SourceLimits:
 
         Each batch is three messages over the link, whatever it holds: what writes seldom is to send seldom.
         """
-        return min(_BATCH_SECONDS_MAX, self.checkpoint_seconds / 10)
+        return min(_BATCH_SECONDS_MAX, self.checkpoint_seconds / 5)
 
 
 class Prepare(NamedTuple):
