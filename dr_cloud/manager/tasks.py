@@ -140,7 +140,7 @@ class Tasks:
         self._under_way: dict[str, str] = {}
         self._lock = threading.Lock()
         self._woken = threading.Event()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._pool = ThreadPoolExecutor(WORKERS, "task")
         self._thread = threading.Thread(target=self._dispatch, name="tasks", daemon=True)
 
@@ -160,7 +160,7 @@ class Tasks:
 
     def close(self) -> None:
         """Take no further steps; wait for those that are being taken."""
-        self._stopping = True
+        self._stopping.set()
         self._woken.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -171,7 +171,7 @@ class Tasks:
         self._woken.set()
 
     def _dispatch(self) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._woken.clear()
             try:
                 pause_seconds = self._hand_out()
@@ -209,7 +209,9 @@ class Tasks:
         try:
             self._step(id_, enterprise)
         except Exception:
+            # The database failed: the step is taken again, but not at once.
             log.exception("tasks.step", task=id_)
+            self._stopping.wait(_IDLE_SECONDS)
         finally:
             with self._lock:
                 self._under_way.pop(id_, None)

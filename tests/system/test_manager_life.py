@@ -128,6 +128,30 @@ def test_a_task_that_must_not_be_repeated_says_so(world: World):
     assert ended["broken"].exception == "ZeroDivisionError: by zero"
 
 
+def test_a_task_whose_end_cannot_be_written_is_taken_again_later(world: World, monkeypatch: pytest.MonkeyPatch):
+    """R19: while the database fails, nothing turns round and round; afterwards the task ends as it should."""
+    who = world.principal("acme")
+    tasks = world.cloud._context.tasks
+    steps = []
+
+    def ends(row: tables.Task) -> Later | Done:
+        steps.append(row.id)
+        return Done()
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    tasks.register("ends", TaskType(ends))
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "_finish", fails)
+        with world.cloud._change(who, "vpg.update", "acme", "x") as change:
+            id_ = change.task("ends", {}).id
+        until(lambda: steps)
+        time.sleep(0.5)
+        assert len(steps) == 1
+    until(lambda: world.cloud.task(who, id_).completion is CompletionCode.SUCCESS)
+
+
 def test_an_enterprise_cannot_take_all_workers(world: World):
     """R11: four of eight at most; another enterprise's task runs meanwhile."""
     release = []
