@@ -46,7 +46,7 @@ BLOCKS = 64
 _EPOCH_NS = 1_800_000_000 * 10**9
 
 
-class _Selector(selectors.SelectSelector):
+class _Selector(selectors.EpollSelector):
     """Does not wait: time passes at once instead."""
 
     loop: SimulatedLoop

@@ -46,4 +46,4 @@ def test_commit_wait_holds_the_order_at_any_time(skews_ms: list[int], delay_ms: 
     limits = SourceLimits(checkpoint_seconds=0.2, order="commit-wait")
     hosts = world(skews_ms, limits, delay_ms / 1000, seed)
     assert hosts.check(between=True) >= 100
-    assert sum(item.exact for item in hosts.checkpoints) >= 8
+    assert sum(item.exact for item in hosts.checkpoints) >= 5
