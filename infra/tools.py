@@ -3,9 +3,9 @@
     python3 infra/tools.py           install what is missing, then say what still is
     python3 infra/tools.py --check   only say what is missing
 
-Debian packages are installed with apt-get when this user may (root, or sudo without a password). The S3 server of the
-store's tests is built by `go install` from a pinned version into .tools/bin and kept there. The program itself needs
-none of this. With CI set, a missing tool is a failure (exit code 1); else it only means skipped tests.
+Debian packages are installed with apt-get when this user may (root, or sudo without a password). An S3 server and
+the policy server are built by `go install` from pinned versions into .tools/bin and kept there. The program itself
+needs none of this. With CI set, a missing tool is a failure (exit code 1); else it only means skipped tests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 BIN: Final = ROOT / ".tools" / "bin"
@@ -52,8 +52,21 @@ PACKAGES: Final = {
     "tinyproxy": "tinyproxy-bin",
 }
 """The Debian package of each program."""
-VERSITYGW: Final = "github.com/versity/versitygw/cmd/versitygw"
-VERSITYGW_VERSION: Final = "v1.8.0"
+
+
+class GoProgram(NamedTuple):
+    """A program that `go install` builds into .tools/bin."""
+
+    name: str
+    package: str
+    version: str
+
+
+GO_PROGRAMS: Final = (
+    GoProgram("versitygw", "github.com/versity/versitygw/cmd/versitygw", "v1.8.0"),
+    GoProgram("opa", "github.com/open-policy-agent/opa", "v1.22.2"),
+)
+"""An S3 server for the store's tests; the policy server, and what tests the policies."""
 
 
 def is_there(program: str) -> bool:
@@ -91,23 +104,23 @@ def install_packages(packages: list[str]) -> None:
         subprocess.run([*command, *step], env=environment, stdout=sys.stderr, check=False)
 
 
-def versitygw_is_there() -> bool:
-    """Return whether the S3 server is there in the pinned version."""
-    stamp = BIN / "versitygw.version"
-    return os.access(BIN / "versitygw", os.X_OK) and stamp.is_file() and stamp.read_text() == VERSITYGW_VERSION
+def is_built(program: GoProgram) -> bool:
+    """Return whether the program is there in the pinned version."""
+    stamp = BIN / f"{program.name}.version"
+    return os.access(BIN / program.name, os.X_OK) and stamp.is_file() and stamp.read_text() == program.version
 
 
-def install_versitygw() -> None:
-    """Build the S3 server, where Go is there."""
+def build(program: GoProgram) -> None:
+    """Build the program, where Go is there."""
     go = shutil.which("go", path=os.pathsep.join([SEARCH_PATH, "/usr/local/go/bin"]))
     if go is None:
         return
     BIN.mkdir(parents=True, exist_ok=True)
-    command = [go, "install", "-trimpath", "-ldflags=-s -w", f"{VERSITYGW}@{VERSITYGW_VERSION}"]
-    print(f"building versitygw {VERSITYGW_VERSION} (a minute, once)", file=sys.stderr)
+    command = [go, "install", "-trimpath", "-ldflags=-s -w", f"{program.package}@{program.version}"]
+    print(f"building {program.name} {program.version} (a minute, once)", file=sys.stderr)
     built = subprocess.run(command, env=os.environ | {"GOBIN": str(BIN)}, stdout=sys.stderr, check=False)
     if built.returncode == 0:
-        (BIN / "versitygw.version").write_text(VERSITYGW_VERSION)
+        (BIN / f"{program.name}.version").write_text(program.version)
 
 
 def main(arguments: list[str]) -> int:
@@ -118,13 +131,14 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         if packages := missing_packages():
             install_packages(packages)
-        if not versitygw_is_there():
-            install_versitygw()
+        for program in GO_PROGRAMS:
+            if not is_built(program):
+                build(program)
     packages = missing_packages()
     remedies = [f"sudo apt-get install -y {' '.join(packages)}"] if packages else []
     missing = list(packages)
-    if not versitygw_is_there():
-        missing.append("versitygw")
+    if unbuilt := [program.name for program in GO_PROGRAMS if not is_built(program)]:
+        missing += unbuilt
         remedies.append("install Go (go.dev), then: python3 infra/tools.py")
     if not missing:
         print("tools: all there")
