@@ -5,6 +5,7 @@ A tool that is missing skips its tests; with CI set it fails them.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RAYLESS = (ROOT / "tests" / "unit", ROOT / "tests" / "property")
+FILES_LEFT_MAX = 100
 FUSE_PROGRAMS = ("nbdfuse", "fusermount3", "losetup", "mount", "mkfs.ext4")
 
 settings.register_profile(
@@ -64,6 +66,18 @@ def _no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("ray.init in a unit or property test: test the pure core, or move it to tests/system")
 
     monkeypatch.setattr(ray, "init", refuse)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _files_are_closed() -> Iterator[None]:
+    """A module that leaves hundreds of files open fails here, and not as another one's riddle."""
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    left = len(os.listdir("/proc/self/fd")) - before
+    if left > FILES_LEFT_MAX:
+        gc.collect()  # what lies in cycles is not lost
+        left = len(os.listdir("/proc/self/fd")) - before
+    assert left <= FILES_LEFT_MAX, f"{left} files are still open"
 
 
 @pytest.fixture(scope="session")

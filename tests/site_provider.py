@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import select
+import selectors
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -140,13 +140,16 @@ class _Connect(BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             ways = {self.connection: far, far: self.connection}
-            while ready := select.select(list(ways), [], [])[0]:
-                for one in ready:
-                    data = one.recv(1 << 16)
-                    if not data:
-                        self.close_connection = True
-                        return
-                    ways[one].sendall(data)
+            with selectors.DefaultSelector() as selector:
+                for one, other in ways.items():
+                    selector.register(one, selectors.EVENT_READ, other)
+                while True:
+                    for key, _ in selector.select():
+                        data = key.fileobj.recv(1 << 16)
+                        if not data:
+                            self.close_connection = True
+                            return
+                        key.data.sendall(data)
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -67,7 +67,7 @@ class Process:
             self._process.send_signal(signal.SIGTERM)
 
     def stop(self, timeout_seconds: float = _STOP_SECONDS) -> None:
-        """Ask it to stop; after `timeout_seconds`, make it."""
+        """Ask it to stop; after `timeout_seconds`, make it. What it started and left running ends with it."""
         if not self._asked:
             self.ask_to_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -75,6 +75,8 @@ class Process:
         if self.alive():
             self._process.kill()
             self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         if self._process.stdout is not None:
             self._process.stdout.close()
 

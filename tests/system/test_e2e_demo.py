@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -98,4 +99,7 @@ def test_an_interrupted_demonstration_leaves_nothing(tmp_socket_dir: Path) -> No
         said, _ = demo.communicate(timeout=90)
     assert demo.returncode != 0
     assert "Traceback" not in said
-    wait_until(lambda: left_behind(tmp_socket_dir) == [], 10)
+    # A process that was killed is there for a moment yet.
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: left_behind(tmp_socket_dir) == [], 10)
+    assert left_behind(tmp_socket_dir) == []
