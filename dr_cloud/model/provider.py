@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -57,6 +57,8 @@ class DatastoreConfig(_Config):
     name: Name
     store: str
     """URL of its object store: file:///directory or s3://bucket/prefix."""
+    jurisdiction: Jurisdiction | None = None
+    """Where the bytes lie, if that is not the data center's own jurisdiction: a bucket of a region elsewhere."""
 
 
 class PoolConfig(_Config):
@@ -93,6 +95,8 @@ class DataCenterConfig(_Config):
     pools: list[PoolConfig] = []
     hosts: list[HostConfig] = Field(min_length=1)
     clusters: list[ClusterConfig] = []
+    keys: Jurisdiction | None = None
+    """Where the keys are held that open what lies here; None: in the data center's own jurisdiction."""
     idle_stacks: int | None = Field(default=None, ge=0)
     """Stack actors kept ready here; None is what the provider says for all."""
 
@@ -116,6 +120,17 @@ class DataCenterConfig(_Config):
         return self
 
 
+class RightsConfig(_Config):
+    """The rights manager (R13)."""
+
+    engine: Literal["embedded", "opa"] = "embedded"
+    """`embedded` evaluates the policies in process; `opa` asks an OPA server."""
+    opa: str = ""
+    """URL of the OPA server; empty: one is started here (the program `opa` must be on the PATH)."""
+    policies: Path | None = None
+    """Folder of the policies that are in force at the first start; None takes those that come with the product."""
+
+
 class ProviderConfig(_Config):
     """A whole provider. Paths may be relative: they then count from the configuration's own folder."""
 
@@ -135,6 +150,9 @@ class ProviderConfig(_Config):
     """`local` starts Ray here; else the address of a running cluster."""
     idle_stacks: int = Field(default=2, ge=0)
     """Stack actors kept ready in each data center that does not say otherwise."""
+    operators: Jurisdiction | None = None
+    """Where the first administrator sits; None: not told, and then no enterprise's data may be touched by it."""
+    rights: RightsConfig = RightsConfig()
     tenants: Path | None = None
     """Folder of `EnterpriseConfig` files that are registered at the start."""
     data_centers: list[DataCenterConfig] = Field(min_length=1)

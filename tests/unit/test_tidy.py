@@ -21,6 +21,7 @@ FLOORS = (
     "tap",
     "seal",
     "store",
+    "rights",
     "journal",
     "link",
     "vdsa",

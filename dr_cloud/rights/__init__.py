@@ -1,0 +1,1 @@
+"""The rights manager: policy as code, two engines, signed bundles, grants, and the record of decisions."""
