@@ -23,6 +23,7 @@ from dr_cloud.tap.address import VdsaAddress
 from dr_cloud.tap.bitmap import open_bitmaps
 from dr_cloud.tap.disks import DiskSet, DiskSource, open_disks
 from dr_cloud.tap.tap import Tap
+from dr_cloud.vdsa.analysis.analyzers import Analyzers
 from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.target_io import TargetVdsa
 
@@ -93,7 +94,8 @@ class Site:
     async def start(self, hosts: int = 2) -> None:
         self.target = TargetVdsa(self.keyring, None, self.store)
         self.server = await listen(f"unix:{self.folder}/target", self.target.serve)
-        self.hub = SourceHub(self.keyring, self.connect)
+        self.analyzers = Analyzers()
+        self.hub = SourceHub(self.keyring, self.connect, analyzers=self.analyzers)
         for host in range(hosts):
             await self.hub.listen(f"h{host}", f"unix:{self.folder}/h{host}.sock")
 

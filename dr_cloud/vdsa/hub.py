@@ -70,6 +70,8 @@ class _Replication:
     """Of its last source, while it has none."""
     analysed_cut: tuple[int, bool] = (0, False)
     """The last one that the analyzers were told of."""
+    analysed_bytes: tuple[int, int] = (0, 0)
+    """What was sealed up to it (`SourceCore.sealed_bytes`)."""
 
 
 class SourceHub:
@@ -269,8 +271,10 @@ class SourceHub:
         """Tell the analyzers of a checkpoint that has been made."""
         cut = source.core.last_cut
         if self._analyzers is not None and cut != known.analysed_cut and known.orders.copy_number == _ANALYSED_COPY:
-            known.analysed_cut = cut
-            self._analyzers.interval(known.orders.members, cut[0], 0, 0, cut[1])
+            raw, sealed = (now - then for now, then in zip(source.core.sealed_bytes, known.analysed_bytes, strict=True))
+            known.analysed_cut, known.analysed_bytes = cut, source.core.sealed_bytes
+            # A source that was begun anew counts from zero again.
+            self._analyzers.interval(known.orders.members, cut[0], max(raw, 0), max(sealed, 0), cut[1])
 
     def tap_lost(self, port: TapConnection) -> None:
         """A tap's connection is gone."""

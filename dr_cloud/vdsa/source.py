@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dr_cloud.link.messages import CheckpointItem, Durable, Taps, Welcome, encode_control
+from dr_cloud.model.blocks import BLOCK_SIZE, HOLE
 from dr_cloud.model.errors import ProtocolError
 from dr_cloud.model.journal import CheckpointKind
 from dr_cloud.model.units import SECOND_NS
@@ -122,6 +123,8 @@ class SourceCore:
         self._asked: dict[str, Request] = {}
         self.last_cut: tuple[int, bool] = (0, False)
         """Time of the last cut, and whether it is a time to recover to."""
+        self.sealed_bytes = (0, 0)
+        """All that was sealed so far: bytes that guests wrote (zeroes apart), and the bytes that they became."""
 
     @property
     def stream(self) -> bytes:
@@ -257,11 +260,15 @@ class SourceCore:
 
     def prepared(self, stream: bytes, number: int, prepared: Prepared) -> list[Action]:
         """A `Prepare` is done."""
+        raw, became = self.sealed_bytes
+        self.sealed_bytes = raw + int(np.count_nonzero(prepared.columns["ref"] != HOLE)) * BLOCK_SIZE, became
         self._outbox.prepared(stream, number, prepared)
         return self._finish()
 
     def sealed(self, stream: bytes, number: int, message: list[bytes]) -> list[Action]:
         """A `Seal` is done."""
+        raw, became = self.sealed_bytes
+        self.sealed_bytes = raw, became + sum(map(len, message))
         self._outbox.sealed(stream, number, message)
         return self._finish()
 

@@ -68,6 +68,24 @@ async def test_configure_again_changes_nothing_and_pause_keeps_what_is_missing(s
     assert rows == 1, "only the block that was written meanwhile"
 
 
+async def test_the_analyzer_hears_of_every_checkpoint_what_became_of_the_bytes(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R2: how well the writes compress is told from what was sealed, checkpoint by checkpoint."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        site.analyzers, "interval", lambda servers, at_ns, raw, sealed, whole: told.append((raw, sealed))
+    )
+    tap = await site.tap("db", "h0", root=site.disk("a", data=block(1)))
+    await site.hub.configure([orders("shop", {"db": {"root": 0}})])
+    await site.newer("shop")
+    for number in range(1, 9):
+        await tap.write("root", number, bytes([number, 0]) * (BLOCK_SIZE // 2))
+    await site.newer("shop")
+    await until(lambda: sum(raw for raw, _ in told) == (1 + 8) * BLOCK_SIZE)
+    assert 0 < sum(sealed for _, sealed in told) < 9 * BLOCK_SIZE // 2
+
+
 async def test_one_broken_order_stops_no_other(site: Site) -> None:
     """R11: an enterprise without a key, a target that refuses: told in that report; the others go on."""
     disk = site.disk("a", data=block(1))
