@@ -60,6 +60,8 @@ class TargetOrders(_Record):
     scope: Scope
     store: str
     """At a data center the store's URL, at an enterprise's site the name of one of its datastores."""
+    grant: str = Field(default="", repr=False)
+    """At a data center: the rights manager's signed word that the scope may lie there (`dr_cloud.rights.grant`)."""
 
 
 class SiteOrders(_Record):
