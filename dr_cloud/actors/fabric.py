@@ -32,7 +32,7 @@ from dr_cloud.actors.vdsa import Vdsa
 from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.fabric import ServedStack
 from dr_cloud.model.cloud import LogRequest, Route
-from dr_cloud.model.errors import DrCloudError, LimitError, UnavailableError
+from dr_cloud.model.errors import DrCloudError, LimitError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan, Write
 from dr_cloud.model.replication import LogRequest as SiteLogRequest
@@ -340,6 +340,21 @@ class RayFabric:
                 self._stacks.pop(stack, None)
             return None
         return statistics
+
+    def pause_stack(self, stack: str, reason: str) -> None:
+        """Have an open stack answer every request with EPERM; one that is gone is left alone."""
+        self._tell_stack(stack, "pause", reason)
+
+    def resume_stack(self, stack: str) -> None:
+        """Have a paused stack go on as before; one that is gone is left alone."""
+        self._tell_stack(stack, "resume")
+
+    def _tell_stack(self, stack: str, method: str, *arguments: str) -> None:
+        with self._lock:
+            entry = self._stacks.get(stack)
+        if entry is not None:
+            with contextlib.suppress(NotFoundError):
+                ask(getattr(entry[1], method).remote(*arguments), "the stack", UNHEARD_SECONDS)
 
     def close_stack(self, stack: str) -> StackStatistics | None:
         """End a stack; return its last counters, None if it was gone already."""

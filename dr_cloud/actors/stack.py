@@ -122,14 +122,36 @@ class StackActor:
 
     def statistics(self) -> StackStatistics:
         """Return the counters of the test under way. Raises `NotFoundError` if there is none."""
-        if self._server is None:
-            raise NotFoundError("the stack serves no test", "Open one first.")
-        stack = self._server.stack
+        stack = self._stack()
 
         async def statistics() -> StackStatistics:
             return stack.statistics()
 
         return self._loop.call(statistics())
+
+    def _stack(self) -> Stack:
+        server = self._server
+        if server is None:
+            raise NotFoundError("the stack serves no test", "Open one first.")
+        return server.stack
+
+    def pause(self, reason: str) -> None:
+        """Give EPERM for every request until `resume`; may be repeated. Raises `NotFoundError` if there is no test."""
+        stack = self._stack()
+
+        async def pause() -> None:
+            stack.pause(reason)
+
+        self._loop.call(pause())
+
+    def resume(self) -> None:
+        """Go on as before `pause`. Raises `NotFoundError` if there is no test."""
+        stack = self._stack()
+
+        async def resume() -> None:
+            stack.resume()
+
+        self._loop.call(resume())
 
     def close(self) -> StackStatistics:
         """End the test: close its exports, remove its write log, return its last counters."""

@@ -16,6 +16,8 @@ A region of the map is shared until this stack writes in it, and then copied (2 
 Errors: a damaged object, or a store that does not answer, is EIO for the blocks that need it and a log line that names
 the object; later requests try again. A full disk or a spent quota is ENOSPC for that write.
 
+A paused stack gives EPERM for every request. Pause and end take the tables away, so that quick paths ask nothing more.
+
 `flush` has nothing to do: a write is seen by every connection when it is answered, and none of it outlives the test.
 `write_zeroes` leaves holes whether it may or not: to fill a throw-away log with zeroes would help nobody.
 """
@@ -68,6 +70,7 @@ EXTENTS_MAX: Final = 4096
 _HOLES: Final = HOLES.data
 
 Parts = list[memoryview]
+_Tables = list[memoryview | None]
 
 
 class _Brought:
@@ -108,23 +111,40 @@ class StackExport:
         self._cache = cache
         self._objects = cache.objects
         self._writes = writes
-        regions = region_count(disk)
         # Per region: its locs for reading, and the same once they are this stack's own, for writing.
-        self._regions: list[memoryview | None] = [None] * regions
-        self._own: list[memoryview | None] = [None] * regions
+        self._regions: _Tables = [None] * region_count(disk)
+        self._own: _Tables = [None] * region_count(disk)
         self._loading: dict[int, Future[Locs]] = {}
-        self._closed = False
+        self._refusal: tuple[int, str] | None = None
+        """The errno and reason that every request gets now; then no region is loaded."""
+        self._paused: tuple[_Tables, _Tables] | None = None
 
     def close(self) -> None:
         """Let everything go; later requests give ESHUTDOWN."""
-        self._closed = True
-        self._regions = [None] * len(self._regions)
-        self._own = [None] * len(self._own)
+        self._refusal, self._paused = (errno.ESHUTDOWN, "the stack is closed"), None
+        self._regions, self._own = [None] * len(self._regions), [None] * len(self._own)
+
+    def pause(self, reason: str) -> None:
+        """Give EPERM for every request, also for those that wait for a fetch, until `resume`."""
+        if self._refusal is None:
+            self._paused = self._regions, self._own
+            self._regions, self._own = [None] * len(self._regions), [None] * len(self._own)
+        if self._paused is not None:
+            self._refusal = errno.EPERM, reason
+
+    def resume(self) -> None:
+        """Go on as before `pause`."""
+        if self._paused is not None:
+            (self._regions, self._own), self._paused, self._refusal = self._paused, None, None
+
+    def _check_allowed(self) -> None:
+        if self._refusal is not None:
+            raise OSError(*self._refusal)
 
     @property
     def own_map_bytes(self) -> int:
         """What this stack's copies of regions of the map take in memory."""
-        return sum(own is not None for own in self._own) * REGION_BLOCKS * 8
+        return sum(own is not None for own in (self._paused[1] if self._paused else self._own)) * REGION_BLOCKS * 8
 
     # Reading
 
@@ -222,8 +242,7 @@ class StackExport:
 
     async def _bring(self, offset: int, length: int, brought: _Brought) -> None:
         """Take one step towards having every byte of a range: regions, then objects, then groups."""
-        if self._closed:
-            raise OSError(errno.ESHUTDOWN, "the stack is closed")
+        self._check_allowed()
         pieces = list(by_region(offset >> BLOCK_SHIFT, (offset + length + _OFFSET_MASK) >> BLOCK_SHIFT))
         missing = [region for region, _, _ in pieces if self._regions[region] is None]
         if missing:
@@ -253,13 +272,14 @@ class StackExport:
         coming = self._loading.get(region)
         if coming is None:
             if self._image.is_hole(self._disk.index, region):
-                self._regions[region] = _HOLES
+                if self._refusal is None:
+                    self._regions[region] = _HOLES
                 return
             coming = self._cache.pool.submit(self._image.region, self._disk.index, region)
             self._loading[region] = coming
             coming.add_done_callback(lambda _: self._loading.pop(region, None))
         locs = await _result(coming)
-        if self._regions[region] is None and not self._closed:
+        if self._regions[region] is None and self._refusal is None:
             self._regions[region] = locs.data
             if locs.flags.writeable:
                 self._own[region] = locs.data
@@ -291,7 +311,8 @@ class StackExport:
         return self._write(offset, len(data), data)
 
     def flush(self) -> None:
-        """Nothing to do."""
+        """Nothing to do, unless it is refused."""
+        self._check_allowed()
 
     def trim(self, offset: int, length: int, fua: bool = False) -> Awaitable[None] | None:
         """Make it read as zeroes."""
@@ -317,8 +338,7 @@ class StackExport:
                 # Of whole blocks only the map is needed, of a partial one the bytes too.
                 for region, _, _ in by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
                     if self._regions[region] is None:
-                        if self._closed:
-                            raise OSError(errno.ESHUTDOWN, "the stack is closed")
+                        self._check_allowed()
                         await self._load(region)
                 for edge in {at >> BLOCK_SHIFT for at in (offset, end) if at & _OFFSET_MASK}:
                     if self._read_block(edge, brought) is None:
@@ -328,6 +348,7 @@ class StackExport:
 
     def _write_now(self, offset: int, length: int, data: memoryview | None, brought: _Brought | None) -> bool:
         """Write all of it in one step, or nothing and return False where something must be fetched first."""
+        self._check_allowed()
         if not length:
             return True
         end = offset + length
@@ -428,8 +449,7 @@ class StackExport:
     async def _status_cold(self, offset: int, length: int) -> Sequence[Extent]:
         try:
             while not (extents := self._status(offset, length)):
-                if self._closed:
-                    raise OSError(errno.ESHUTDOWN, "the stack is closed")
+                self._check_allowed()
                 await self._load(offset >> BLOCK_SHIFT >> REGION_SHIFT)
             return extents
         except DrCloudError as error:
@@ -442,7 +462,7 @@ class StackExport:
         """(where it ends, in bytes; is it a hole)"""
         for region, start, stop in by_region(offset >> BLOCK_SHIFT, (end + _OFFSET_MASK) >> BLOCK_SHIFT):
             table = self._regions[region]
-            if table is None and not self._closed and self._image.is_hole(self._disk.index, region):
+            if table is None and self._refusal is None and self._image.is_hole(self._disk.index, region):
                 table = self._regions[region] = _HOLES
             if table is None or len(runs) >= EXTENTS_MAX:
                 break

@@ -124,6 +124,16 @@ class Stack:
             fetched_bytes=self._cache.fetched_bytes,
         )
 
+    def pause(self, reason: str) -> None:
+        """Give EPERM for every request, also for those under way, until `resume`: policy forbids the test now."""
+        for export in self.exports:
+            export.pause(reason)
+
+    def resume(self) -> None:
+        """Go on as before `pause`."""
+        for export in self.exports:
+            export.resume()
+
     def close(self) -> None:
         """Remove every trace of the test. Requests that come later give ESHUTDOWN. The cache stays open."""
         for export in self.exports:

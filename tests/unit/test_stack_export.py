@@ -108,6 +108,66 @@ async def test_the_first_byte_is_timed_whatever_came_before(
     stack.close()
 
 
+async def test_a_paused_stack_refuses_everything_and_goes_on_as_it_was(
+    history: History, plan: ImagePlan, tmp_path: Path
+) -> None:
+    """R13.3: warm and cold, reads and writes, also what waits for the store: EPERM; then all is as before."""
+    slow = DelayedStore(history.store, 0.2)
+    cache = open_cache(tmp_path / "cache", slow, plan)
+    stack = open_stack(plan, cache, tmp_path)
+    export = stack.exports[0]
+    await read(export, 0, 40 * BLOCK_SIZE)
+    await answer(export.pwrite(BLOCK_SIZE, memoryview(b"mine" * 1024)))
+    before = await read(export, 0, 40 * BLOCK_SIZE)
+    stack.pause("uk-south is closed to acme")
+    stack.pause("said again")
+    held = stack.statistics().map_bytes
+    assert held == REGION_BLOCKS * 8
+    for request in (
+        lambda: export.pread(0, BLOCK_SIZE),
+        lambda: export.pread(BLOCK_SIZE, 100),
+        lambda: export.pread(60 * BLOCK_SIZE, 8 * BLOCK_SIZE),
+        lambda: export.pwrite(0, memoryview(bytes(BLOCK_SIZE))),
+        lambda: export.pwrite(BLOCK_SIZE + 7, memoryview(bytes(7))),
+        lambda: export.trim(0, REGION_BYTES),
+        lambda: export.write_zeroes(0, 100),
+        lambda: export.block_status(0, BLOCK_SIZE),
+        lambda: wide(stack).trim(0, REGION_BYTES),
+        lambda: wide(stack).pread(6 * REGION_BYTES, BLOCK_SIZE),
+        export.flush,
+    ):
+        with pytest.raises(OSError) as caught:
+            await answer(request())
+        assert caught.value.errno == errno.EPERM
+    stack.resume()
+    stack.resume()
+    assert await read(export, 0, 40 * BLOCK_SIZE) == before
+    under_way = [
+        asyncio.ensure_future(answer(request))
+        for request in (
+            wide(stack).pread(BLOCK_SIZE, BLOCK_SIZE),
+            wide(stack).pwrite(BLOCK_SIZE + 1, memoryview(b"part")),
+            wide(stack).pread(2 * REGION_BYTES, 4 * BLOCK_SIZE),
+        )
+    ]
+    await asyncio.sleep(0.02)
+    assert not any(one.done() for one in under_way)
+    stack.pause("closed again")
+    for one in under_way:
+        with pytest.raises(OSError) as caught:
+            await one
+        assert caught.value.errno == errno.EPERM
+    stack.resume()
+    assert await read(wide(stack), BLOCK_SIZE, BLOCK_SIZE) == history.at(1, 1, plan.at_ns)
+    stack.pause("to the end")
+    stack.close()
+    stack.resume()
+    with pytest.raises(OSError) as caught:
+        await answer(export.pread(0, BLOCK_SIZE))
+    assert caught.value.errno == errno.ESHUTDOWN
+    cache.close()
+
+
 async def test_close_leaves_nothing_and_is_told(plan: ImagePlan, cache: ObjectCache, tmp_path: Path) -> None:
     """R14.5: after the end neither a file, nor an open one, nor a mapping of the log is left."""
     work_dir = tmp_path / "log-place"
