@@ -21,6 +21,11 @@ Retries
 Revocation
     A revoked certificate's links are closed when the manager says so (`disconnect`), and again looked for every ten
     seconds. While the manager is away only certificates that it has accepted before are let in: it cannot revoke then.
+
+Policy
+    What the manager denies is told with its reasons: a site at its dial, a replication when its channel is opened. What
+    becomes denied ends at once: links by `disconnect`, channels with the orders that no longer let them run. While the
+    manager is away, what it last allowed may begin anew for `GRACE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
@@ -47,12 +52,15 @@ from dr_cloud.model.errors import DrCloudError, ForbiddenError, NotFoundError, P
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import Renewal
 from dr_cloud.model.replication import LogAnswer, LogRequest, SiteOrders, SiteReport
+from dr_cloud.model.rights import GRACE_SECONDS
 from dr_cloud.seal.identity import Peer
 
 LOOK_SECONDS: Final = 10.0
 HELLO_SECONDS: Final = 10.0
 ORDERS_SECONDS: Final = 30.0
 LOGS_SECONDS: Final = 110.0
+_LAST_WORDS_SECONDS: Final = 1.0
+"""So long after a site was told why it may not connect, its link is closed."""
 ARCHIVE_BYTES_MAX: Final = 128 << 20
 
 _log = structlog.get_logger(__name__)
@@ -66,6 +74,18 @@ class Target(BaseModel):
     route: Route
     address: str
     """`dr_cloud.actors.inner`: of the data center's VDSA, or of the door behind which the site is."""
+
+
+class Flow(NamedTuple):
+    """A replication that passes the door now."""
+
+    scope: Scope
+    source: str
+    """The site it comes from; empty for a data center."""
+    target: str
+    """The site it goes to; empty for a data center."""
+    one: MessageStream
+    other: MessageStream
 
 
 Ask = Callable[..., Awaitable[Any]]
@@ -131,13 +151,15 @@ class Gate:
         self._provider = provider
         self._office = office
         self._connect = connect
-        self._accepted: dict[str, str] = {}
-        """By serial: the site, of certificates that the manager has accepted."""
+        self._accepted: dict[str, tuple[str, float]] = {}
+        """By serial: the site of a certificate that the manager has accepted, and until when that holds without it."""
         self._sessions: set[Session] = set()
         self._control: dict[str, Session] = {}
         """By site: the link on which it asked for its orders."""
         self._sent: dict[str, int] = {}
-        self._targets: dict[Scope, Target] = {}
+        self._targets: dict[Scope, tuple[Target, float]] = {}
+        """Where the manager said that targets are, and until when that holds without it."""
+        self._flows: set[Flow] = set()
         self._archives: dict[str, bytearray] = {}
         self._pushing: dict[str, asyncio.Task[None]] = {}
 
@@ -155,19 +177,25 @@ class Gate:
         try:
             accepted = await self._office.certificate_ok(peer.serial)
         except UnavailableError:
-            accepted = peer.serial in self._accepted
+            if self._accepted.get(peer.serial, ("", 0.0))[1] > time.monotonic():
+                return
+            accepted = False
+        except ForbiddenError as denial:
+            self._accepted.pop(peer.serial, None)
+            _log.warning("gate.denied", peer=peer.uri, reason=str(denial))
+            raise
         if not accepted:
             self._accepted.pop(peer.serial, None)
             _log.warning("gate.refused", peer=peer.uri, reason="revoked or unknown", serial=peer.serial)
             raise refused
-        self._accepted[peer.serial] = peer.site
+        self._accepted[peer.serial] = peer.site, time.monotonic() + GRACE_SECONDS
 
     async def serve(self, session: Session) -> None:
         """Serve the link of an admitted peer until it is closed."""
         peer = session.peer
         assert peer is not None and peer.site is not None
         site = peer.site
-        session.on_channel = self._on_channel
+        session.on_channel = functools.partial(self._on_channel, site)
         session.methods.update(
             orders=functools.partial(self._orders, session, site),
             report=functools.partial(self._report, site),
@@ -187,7 +215,7 @@ class Gate:
 
     def disconnect(self, site: str, reason: str) -> None:
         """Close every link of a site, and forget that it was let in."""
-        for serial in [serial for serial, owner in self._accepted.items() if owner == site]:
+        for serial in [serial for serial, (owner, _) in self._accepted.items() if owner == site]:
             del self._accepted[serial]
         for session in list(self._sessions):
             if session.peer is not None and session.peer.site == site:
@@ -201,9 +229,9 @@ class Gate:
                 assert session.peer is not None
                 try:
                     await self.admit(session.peer)
-                except ForbiddenError:
-                    session.close("the certificate is revoked or has expired")
-            for site in list(self._control):
+                except ForbiddenError as error:
+                    session.close(str(error))
+            for site in self._present():
                 with contextlib.suppress(DrCloudError):
                     if (await self._office.orders_for(site)).revision != self._sent.get(site):
                         self.orders_changed(site)
@@ -219,7 +247,12 @@ class Gate:
     async def _orders(self, session: Session, site: str, params: Params) -> JsonValue:
         del params
         assert session.peer is not None
-        orders = await self._office.site_connected(site, session.peer.serial)
+        try:
+            orders = await self._office.site_connected(site, session.peer.serial)
+        except ForbiddenError as denial:
+            _log.warning("gate.denied", site=site, reason=str(denial))
+            asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS, session.close, str(denial))
+            raise
         self._control[site] = session
         self._sent[site] = orders.revision
         return orders.model_dump(mode="json")
@@ -244,9 +277,12 @@ class Gate:
         self._pushing[site] = asyncio.create_task(self._push(site), name=f"orders {site}")
 
     async def _push(self, site: str) -> None:
-        while (session := self._control.get(site)) is not None:
+        while site in self._present():
             try:
                 orders = await self._office.orders_for(site)
+                self._end_flows(site, orders)
+                if (session := self._control.get(site)) is None:
+                    return
                 await session.call("orders", orders.model_dump(mode="json"), ORDERS_SECONDS)
             except DrCloudError as error:
                 _log.info("gate.orders_not_sent", site=site, reason=str(error))
@@ -280,13 +316,16 @@ class Gate:
 
     # Channels.
 
-    async def _on_channel(self, purpose: str, arguments: dict[str, JsonValue], stream: ChannelStream) -> None:
+    async def _on_channel(
+        self, site: str, purpose: str, arguments: dict[str, JsonValue], stream: ChannelStream
+    ) -> None:
         if purpose == REPLICATION:
             scope = replication_scope(arguments, self.enterprise)
-            inner = await self._open(scope)
+            target = await self._target(scope)
+            inner = await self._open(target)
             try:
                 await self._introduce(stream, inner, scope)
-                await relay(stream, inner)
+                await self._flow(Flow(scope, site, _site_of(target), stream, inner))
             finally:
                 inner.end()
         elif purpose == LOGS:
@@ -310,15 +349,38 @@ class Gate:
             return
         try:
             await outer.send(hello)
-            await relay(stream, outer)
+            await self._flow(Flow(scope, "", route.site, stream, outer))
         except OSError:
             stream.close()
         finally:
             outer.end()
 
-    async def _open(self, scope: Scope) -> MessageStream:
-        """Open a stream to the target of a scope. Raises `DrCloudError`."""
-        target = await self._target(scope)
+    def _present(self) -> set[str]:
+        """Sites that follow orders now, or whose replications pass here."""
+        return {*self._control, *(site for flow in self._flows for site in (flow.source, flow.target) if site)}
+
+    async def _flow(self, flow: Flow) -> None:
+        self._flows.add(flow)
+        try:
+            await relay(flow.one, flow.other)
+        finally:
+            self._flows.discard(flow)
+
+    def _end_flows(self, site: str, orders: SiteOrders) -> None:
+        """End what a site's orders no longer let run, whatever the site does about it."""
+        sources = {order.scope for order in orders.sources if not order.paused}
+        targets = {order.scope for order in orders.targets}
+        for flow in list(self._flows):
+            if (flow.source == site and flow.scope not in sources) or (
+                flow.target == site and flow.scope not in targets
+            ):
+                _log.info("gate.flow_ended", scope=flow.scope.prefix, site=site)
+                flow.one.close()
+                flow.other.close()
+
+    async def _open(self, target: Target) -> MessageStream:
+        """Open a stream to a target. Raises `DrCloudError`."""
+        scope = target.route.scope
         if target.route.kind == "site":
             return await self._linked(target.route.site).open(REPLICATION, replication_arguments(scope))
         try:
@@ -332,13 +394,15 @@ class Gate:
         try:
             target = await self._office.target(scope)
         except UnavailableError:
-            if scope not in self._targets:
+            known = self._targets.get(scope)
+            if known is None or known[1] <= time.monotonic():
                 raise
-            return self._targets[scope]
-        except NotFoundError:
+            return known[0]
+        except (ForbiddenError, NotFoundError) as error:
             self._targets.pop(scope, None)
+            _log.warning("gate.denied", scope=scope.prefix, reason=str(error))
             raise
-        self._targets[scope] = target
+        self._targets[scope] = target, time.monotonic() + GRACE_SECONDS
         return target
 
     async def _introduce(self, outer: MessageStream, inner: MessageStream, scope: Scope) -> None:
@@ -356,6 +420,10 @@ class Gate:
             if isinstance(part, str) or len(archive) + len(part) > ARCHIVE_BYTES_MAX:
                 raise ProtocolError(f"logs are binary and not over {ARCHIVE_BYTES_MAX >> 20} MiB")
             archive += part
+
+
+def _site_of(target: Target) -> str:
+    return target.route.site if target.route.kind == "site" else ""
 
 
 def _parsed(kind: Any, document: JsonValue) -> Any:

@@ -20,7 +20,8 @@ from dr_cloud.model.cloud import Route
 from dr_cloud.model.errors import DrCloudError, ForbiddenError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import Renewal
-from dr_cloud.model.replication import LogRequest, SiteOrders, SiteReport
+from dr_cloud.model.replication import LogRequest, SiteOrders, SiteReport, SourceOrders, TargetOrders
+from dr_cloud.model.rights import GRACE_SECONDS
 from dr_cloud.seal.identity import Peer
 
 OURS = Scope("acme", "shop", "east")
@@ -42,6 +43,10 @@ class Office:
     def __init__(self) -> None:
         self.good = {"1", "2"}
         self.away = False
+        self.denied: dict[Any, str] = {}
+        """What policy denies: a serial, a site or a scope, and why."""
+        self.sources: list[SourceOrders] = []
+        self.targets: list[TargetOrders] = []
         self.revision = 1
         self.noted: list[tuple[Any, ...]] = []
 
@@ -49,12 +54,17 @@ class Office:
         if self.away:
             raise UnavailableError("the manager is away")
 
-    async def certificate_ok(self, serial: str) -> bool:
+    def _allowed(self, what: Any) -> None:
         self._here()
+        if what in self.denied:
+            raise ForbiddenError(self.denied[what])
+
+    async def certificate_ok(self, serial: str) -> bool:
+        self._allowed(serial)
         return serial in self.good
 
     async def site_connected(self, site: str, serial: str) -> SiteOrders:
-        self._here()
+        self._allowed(site)
         self.noted.append(("connected", site, serial))
         return await self.orders_for(site)
 
@@ -67,13 +77,13 @@ class Office:
 
     async def orders_for(self, site: str) -> SiteOrders:
         self._here()
-        return SiteOrders(revision=self.revision, hosts=[site])
+        return SiteOrders(revision=self.revision, hosts=[site], sources=self.sources, targets=self.targets)
 
     async def renew(self, site: str, serial: str, csr: str) -> Renewal:
         return Renewal(certificate=f"new {csr}", serial=serial + "0")
 
     async def target(self, scope: Scope) -> Target:
-        self._here()
+        self._allowed(scope)
         kind = {OURS: "data center", TO_SITE: "site"}.get(scope)
         if kind is None:
             raise NotFoundError("there is no such VPG and target", "Name one of your own.")
@@ -304,6 +314,74 @@ async def test_a_channel_goes_where_it_went_before_while_the_manager_is_away(wor
         with pytest.raises(UnavailableError):
             await site.open(REPLICATION, replication_arguments(TO_SITE))
     assert world.asked == ["at acme/shop/east"] * 2
+
+
+async def test_a_site_that_policy_denies_is_told_why(world: World) -> None:
+    """R13.1: at the dial, and where its orders are asked for; then its link is closed."""
+    world.office.denied["1"] = "hq lies in USA: nothing opens USA to UK"
+    with pytest.raises(ForbiddenError, match="nothing opens USA to UK"):
+        await world.gate.admit(peer_of())
+    del world.office.denied["1"]
+    async with world.site() as site:
+        world.office.denied["hq"] = "hq is closed"
+        with pytest.raises(ForbiddenError, match="hq is closed"):
+            await site.call("orders")
+        assert "hq is closed" in await site.wait_closed()
+
+
+async def test_what_was_allowed_is_not_allowed_for_ever_without_the_manager(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R13: what the manager last allowed holds for its time only while it is away."""
+    async with world.site() as site:
+        (await site.open(REPLICATION, replication_arguments(OURS))).end()
+        world.office.away = True
+        await world.gate.admit(peer_of())
+        (await site.open(REPLICATION, replication_arguments(OURS))).end()
+        later = time.monotonic() + GRACE_SECONDS
+        with monkeypatch.context() as clock:
+            clock.setattr("dr_cloud.actors.gate.time.monotonic", lambda: later)
+            with pytest.raises(ForbiddenError):
+                await world.gate.admit(peer_of())
+            with pytest.raises(UnavailableError):
+                await site.open(REPLICATION, replication_arguments(OURS))
+
+
+async def test_a_replication_that_policy_denies_is_refused_alone(world: World) -> None:
+    """R13.1: with the reasons; also what was allowed before; another channel of the same link goes on."""
+    async with world.site() as site:
+        (await site.open(REPLICATION, replication_arguments(OURS))).end()
+        other = await site.open(REPLICATION, replication_arguments(OURS))
+        world.office.denied[OURS] = "uk-south is closed"
+        with pytest.raises(ForbiddenError, match="uk-south is closed"):
+            await site.open(REPLICATION, replication_arguments(OURS))
+        world.office.away = True
+        with pytest.raises(UnavailableError):
+            await site.open(REPLICATION, replication_arguments(OURS))
+        await other.send(hello(OURS))
+
+
+@pytest.mark.parametrize("paused", ["", "policy"])
+async def test_channels_end_with_the_orders_that_let_them_run(world: World, paused: str) -> None:
+    """R13.1: whatever the site does about its orders, what is ordered no more passes no more."""
+    running = SourceOrders(scope=OURS, copy_number=0, members={})
+    world.office.sources = [running]
+    async with world.site() as site:
+        stream = await site.open(REPLICATION, replication_arguments(OURS))
+        await stream.send(hello(OURS))
+        (vdsa,) = await _some(world.vdsas)
+        assert await vdsa.receive() == hello(OURS)
+        world.gate.orders_changed("hq")
+        await asyncio.sleep(0.02)
+        await stream.send(b"frame")
+        assert bytes(await vdsa.receive()) == b"frame"  # type: ignore[arg-type]
+        world.office.sources = [running.model_copy(update={"paused": paused})] if paused else []
+        world.gate.orders_changed("hq")
+        with pytest.raises(OSError):
+            assert await vdsa.receive() is None
+            raise ConnectionResetError
+        with pytest.raises(OSError):
+            await stream.receive()
 
 
 async def test_a_relay_holds_a_fast_sender_to_a_slow_receiver() -> None:
