@@ -48,7 +48,7 @@ from dr_cloud.tap.bits import EPOCH_A, EPOCH_B, TO_SEND, DiskBits, TapDisk
 from dr_cloud.tap.clock import Clock
 from dr_cloud.tap.gate import Gate
 
-BATCH_BYTES: Final = 256 << 10
+BATCH_BYTES: Final = 512 << 10
 """A batch is handed to the socket when it holds this much, or after a millisecond."""
 _PENDING_MAX: Final = 4096
 
@@ -180,7 +180,6 @@ class Copy:
         self.on_full: Callable[[], None] = _ignore
         self.on_change: Callable[[], None] = _ignore
         self.on_needs: Callable[[], None] = _ignore
-        self.queued_bytes = 0
         self.drops = 0
         self.sync_number = 0
         self._server = server
@@ -189,8 +188,12 @@ class Copy:
         self._flights = flights
         self._early = -1
         self._batches: deque[list[bytes]] = deque()
+        self._batches_bytes = 0
         self._open: list[bytes] = []
         self._open_bytes = 0
+        self._open_bytes_max = 0
+        """The open batch is closed when it holds this much: it is full then, or the queue is over its limit."""
+        self._fit_batch()
         self._pending: deque[tuple[DiskBits, int, int, int]] = deque()
         self._closed = EPOCH_B
         self._closed_last = 0
@@ -218,6 +221,11 @@ class Copy:
         for bits in self.bitmap.disks:
             if bits.disk.index == disk:
                 bits.set(0, blocks_of(bits.disk.size_bytes))
+
+    @property
+    def queued_bytes(self) -> int:
+        """How much waits for the VDSA."""
+        return self._batches_bytes + self._open_bytes
 
     # The VDSA's side.
 
@@ -376,13 +384,13 @@ class Copy:
 
     def take(self) -> list[bytes] | None:
         """Return the next messages to hand to the socket, oldest first, or None."""
-        if self._batches:
-            batch = self._batches.popleft()
-        elif self._open:
-            batch, self._open, self._open_bytes = self._open, [], 0
-        else:
-            return None
-        self.queued_bytes -= sum(map(len, batch))
+        if not self._batches:
+            if not self._open:
+                return None
+            self._close_batch()
+        batch = self._batches.popleft()
+        self._batches_bytes -= sum(map(len, batch))
+        self._fit_batch()
         if not self.queued_bytes:
             self._answered.clear()
         return batch
@@ -400,18 +408,23 @@ class Copy:
         """Queue a message. Only HELLO and, while `queueing`, whatever there is."""
         batch = self._open
         batch.append(message)
-        length = len(message)
-        self.queued_bytes += length
-        self._open_bytes += length
-        if self._open_bytes >= BATCH_BYTES:
-            self._batches.append(batch)
-            self._open = []
-            self._open_bytes = 0
+        self._open_bytes += len(message)
+        if self._open_bytes >= self._open_bytes_max:
+            self._close_batch()
             self.on_full()
+            if self._batches_bytes > self.queue_bytes_max:
+                self.drop("the queue to the VDSA is full")
         elif len(batch) == 1:
             self.on_batch()
-        if self.queued_bytes > self.queue_bytes_max:
-            self.drop("the queue to the VDSA is full")
+
+    def _close_batch(self) -> None:
+        self._batches.append(self._open)
+        self._batches_bytes += self._open_bytes
+        self._open, self._open_bytes = [], 0
+        self._fit_batch()
+
+    def _fit_batch(self) -> None:
+        self._open_bytes_max = min(BATCH_BYTES, self.queue_bytes_max - self._batches_bytes + 1)
 
     def _put_sync(self, kind: int) -> None:
         self.put(wire.HEAD.pack(kind, 0, 0, 0, self._clock.sequence, self._clock.time_ns, 0, 0))
@@ -457,7 +470,8 @@ class Copy:
     def _empty(self) -> None:
         self._batches.clear()
         self._open = []
-        self._open_bytes = self.queued_bytes = 0
+        self._batches_bytes = self._open_bytes = 0
+        self._fit_batch()
         self._answered.clear()
 
     def _activate(self, plane: int) -> None:

@@ -2,8 +2,8 @@
 
 Purpose
     Carries the messages that `dr_cloud.tap.copy` queues (`dr_cloud.tap.wire`) and brings back what the VDSA says. It
-    takes its turns on the guest's event loop, so each turn is short: a batch of 256 KiB, a piece of a synchronisation
-    of the same size.
+    takes its turns on the guest's event loop, so each turn is short: a batch of 512 KiB, a piece of a synchronisation
+    of 256 KiB.
 
 Retries
     It connects for ever, 50 ms to 2 s apart. A connection that breaks, or a VDSA that breaks the protocol, costs the

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
-from dr_cloud.model.blocks import BLOCK_SIZE
+from dr_cloud.model.blocks import BLOCK_SHIFT, BLOCK_SIZE
 from dr_cloud.nbd.export import Buffer
 from dr_cloud.tap import wire
 from dr_cloud.tap.bitmap import IntentBitmap
@@ -20,6 +21,10 @@ from dr_cloud.tap.gate import Gate
 
 QUEUE_BYTES_MAX = 64 << 20
 """Of each copy."""
+
+_pack = wire.HEAD.pack
+_WRITE: Final = wire.WRITE
+_WRITE_BYTES_MAX: Final = wire.WRITE_BLOCKS_MAX * BLOCK_SIZE
 
 
 class Tap:
@@ -70,30 +75,31 @@ class Tap:
         """Queue a copy of whole blocks under the sequence and time just given out."""
         if not self._queueing:
             return
-        count = len(data) // BLOCK_SIZE
+        size_bytes = len(data)
+        count = size_bytes >> BLOCK_SHIFT
         if self._watching:
             self._note(disk, first, count)
         clock = self.clock
-        if count <= wire.WRITE_BLOCKS_MAX:
-            message = wire.HEAD.pack(wire.WRITE, 0, disk.index, count, clock.sequence, clock.time_ns, first, 0) + data
+        if size_bytes <= _WRITE_BYTES_MAX:
+            message = _pack(_WRITE, 0, disk.index, count, clock.sequence, clock.time_ns, first, 0) + data
             for copy in self._queueing:
                 copy.put(message)
             return
         view = memoryview(data)
-        for at in range(0, count, wire.WRITE_BLOCKS_MAX):
-            piece = view[at * BLOCK_SIZE : (at + wire.WRITE_BLOCKS_MAX) * BLOCK_SIZE]
-            blocks = len(piece) // BLOCK_SIZE
-            head = wire.HEAD.pack(wire.WRITE, 0, disk.index, blocks, clock.sequence, clock.time_ns, first + at, 0)
+        for at in range(0, size_bytes, _WRITE_BYTES_MAX):
+            piece = view[at : at + _WRITE_BYTES_MAX]
+            start, blocks = first + (at >> BLOCK_SHIFT), len(piece) >> BLOCK_SHIFT
+            message = _pack(_WRITE, 0, disk.index, blocks, clock.sequence, clock.time_ns, start, 0) + piece
             # A copy that gives its queue up in between is not among them for the next piece.
             for copy in self._queueing:
-                copy.put(head + piece)
+                copy.put(message)
 
     def zeroed(self, disk: TapDisk, first: int, count: int) -> None:
         """Queue that whole blocks are zeroes now, under the sequence and time just given out."""
         self._note(disk, first, count)
         clock = self.clock
         for copy in self._queueing:
-            copy.put(wire.HEAD.pack(wire.ZERO, 0, disk.index, count, clock.sequence, clock.time_ns, first, 0))
+            copy.put(_pack(wire.ZERO, 0, disk.index, count, clock.sequence, clock.time_ns, first, 0))
 
     def begin(self, disk: TapDisk, first: int, count: int) -> Flight:
         """Set the bits of a write whose disk I/O does not end at once."""
