@@ -1,7 +1,7 @@
 """What a VDSA is to serve, each scope only as long as a grant says that it may lie here. Pure: the check is given.
 
-The manager's orders say what to serve, and where it lies. The rights manager's grants (`dr_cloud.rights.grant`) say that
-it may: whoever writes orders without being asked by it, into the database or on the way, opens nothing.
+The manager's orders say what to serve, and where it lies. The rights manager's grants (`dr_cloud.rights.grant`) say
+that it may: whoever writes orders without asking it, into the database or on the way, opens nothing.
 
 A grant that is still good is kept when newer orders come without one, or with an older one: then the rights manager
 does not answer, and what it has allowed goes on for its time. What orders no longer name is gone at once.
