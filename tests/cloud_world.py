@@ -70,6 +70,8 @@ class QuietFabric:
         self.calls: list[tuple[str, ...]] = []
         self.journals: dict[Scope, list[Checkpoint]] = {}
         self.stacks: dict[str, ServedStack] = {}
+        self.paused: dict[str, str] = {}
+        """Open stacks that answer nothing: why."""
         self.broken: dict[str, DrCloudError] = {}
         """By method: what it raises."""
         self.free: dict[tuple[str, str], int] = {}
@@ -145,6 +147,15 @@ class QuietFabric:
         self._call("close_stack", stack)
         served = self.stacks.pop(stack, None)
         return _statistics(served) if served is not None else None
+
+    def pause_stack(self, stack: str, reason: str) -> None:
+        self._call("pause_stack", stack, reason)
+        if stack in self.stacks:
+            self.paused[stack] = reason
+
+    def resume_stack(self, stack: str) -> None:
+        self._call("resume_stack", stack)
+        self.paused.pop(stack, None)
 
     def free_bytes(self, data_center: str, datastore: str) -> int | None:
         self._call("free_bytes", data_center, datastore)

@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from dr_cloud.api.deps import Linked, Manager, Narrowed, OfEnterprise, Secret, Who, part
 from dr_cloud.manager.cloud import Cloud
 from dr_cloud.model import cloud as c
+from dr_cloud.model import watch as w
 from dr_cloud.model.errors import UnauthenticatedError
 from dr_cloud.model.principal import Principal
 
@@ -38,19 +39,19 @@ class AlertQuery(Narrowed):
 
 
 @router.get("/health", tags=["health"])
-def health(cloud: Manager, who: Who, enterprise: OfEnterprise = None) -> c.Health:
+def health(cloud: Manager, who: Who, enterprise: OfEnterprise = None) -> w.Health:
     """Tell how everything stands that the caller may see: sites, links, groups, alerts."""
     return cloud.health(who, enterprise)
 
 
 @router.get("/alerts", tags=["health"])
-def alerts(cloud: Manager, who: Who, query: Annotated[AlertQuery, Query()], links: Linked) -> c.Page[c.Alert]:
+def alerts(cloud: Manager, who: Who, query: Annotated[AlertQuery, Query()], links: Linked) -> c.Page[w.Alert]:
     """List alerts."""
     return links.of(cloud.alerts(who, query.enterprise, part(query, c.PageRequest), query.cleared))
 
 
 @router.get("/audit", tags=["audit"])
-def audit(cloud: Manager, who: Who, query: Annotated[Narrowed, Query()], links: Linked) -> c.Page[c.AuditEntry]:
+def audit(cloud: Manager, who: Who, query: Annotated[Narrowed, Query()], links: Linked) -> c.Page[w.AuditEntry]:
     """List what was changed, or tried to be: who, what, on what, when, and how it went."""
     return links.of(cloud.audit(who, query.enterprise, part(query, c.PageRequest)))
 

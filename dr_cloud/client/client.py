@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from dr_cloud.client.events import EventSource
 from dr_cloud.client.session import Parameters, Session, next_path
 from dr_cloud.model import cloud as c
+from dr_cloud.model import watch as w
 from dr_cloud.model.errors import LimitError
 from dr_cloud.model.journal import Write
 from dr_cloud.model.pairing import PairAnswer, PairRequest
@@ -369,19 +370,19 @@ class Client:
 
     # health
 
-    def health(self) -> c.Health:
+    def health(self) -> w.Health:
         """Tell how everything stands."""
-        return self._get(c.Health, _path("health"), self._narrow)
+        return self._get(w.Health, _path("health"), self._narrow)
 
-    def alerts(self, cleared: bool = False) -> Iterator[c.Alert]:
+    def alerts(self, cleared: bool = False) -> Iterator[w.Alert]:
         """List alerts."""
-        return self._pages(c.Alert, _path("alerts"), self._narrow | {"cleared": cleared})
+        return self._pages(w.Alert, _path("alerts"), self._narrow | {"cleared": cleared})
 
-    def audit(self) -> Iterator[c.AuditEntry]:
+    def audit(self) -> Iterator[w.AuditEntry]:
         """List what was changed, or tried to be."""
-        return self._pages(c.AuditEntry, _path("audit"), self._narrow)
+        return self._pages(w.AuditEntry, _path("audit"), self._narrow)
 
-    def events(self, after: int | None = None) -> Iterator[c.Event]:
+    def events(self, after: int | None = None) -> Iterator[w.Event]:
         """Follow what changes, for ever, from now or from after an event's number; comes back after a cut by itself."""
         return EventSource(self._session, after).events()
 

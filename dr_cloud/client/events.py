@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from dr_cloud.client.session import Session
-from dr_cloud.model.cloud import Event
 from dr_cloud.model.errors import UnavailableError
+from dr_cloud.model.watch import Event
 
 _SILENCE_SECONDS: Final = 45.0
 """Three keep-alive comments missed: the connection is dead."""

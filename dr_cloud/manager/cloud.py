@@ -54,7 +54,7 @@ from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.store import Store
 
-SYSTEM: Final = Principal(id="system", name="the provider itself", role=Role.PROVIDER_ADMIN)
+SYSTEM: Final = Principal(id="system", name="the provider itself", role=Role.PROVIDER_ADMIN, place=None)
 """Who acts where nobody has asked: the first token, the tenants that are loaded at the start."""
 FOLLOW_SECONDS: Final = 60.0
 

@@ -145,6 +145,11 @@ class Enterprises(Operations):
                 raise InvalidError(f"{request.role.value} is a role in an enterprise", "Name the enterprise.")
             if request.role is Role.PROVIDER_ADMIN and who.role is not Role.PROVIDER_ADMIN:
                 raise ForbiddenError("only a provider's administrator can make another", "Ask one.")
+            if request.enterprise is not None:
+                place = change.session.get_one(tables.Enterprise, owner).jurisdiction
+            else:
+                # The first administrators are made by the provider itself; of later ones somebody has to say it.
+                place = (self._context.config.operators or "") if who.place is None else ""
             secret = _SECRET_PREFIX + secrets.token_urlsafe(32)
             row = tables.Token(
                 enterprise=owner,
@@ -152,6 +157,7 @@ class Enterprises(Operations):
                 digest=hashed(secret),
                 name=request.name,
                 role=request.role.value,
+                place=request.place or place,
                 created_ns=change.now_ns,
                 expires_ns=change.now_ns + request.lifetime_seconds * SECOND_NS,
             )
@@ -196,7 +202,9 @@ class Enterprises(Operations):
                 used = session.get(tables.Token, (row.enterprise, row.id))
                 if used is not None:
                     used.last_used_ns = now_ns
-        return Principal(id=row.id, name=row.name, role=Role(row.role), enterprise=row.enterprise or None)
+        return Principal(
+            id=row.id, name=row.name, role=Role(row.role), enterprise=row.enterprise or None, place=row.place
+        )
 
 
 def _enterprise(row: tables.Enterprise, sites: list[str]) -> Enterprise:
@@ -217,6 +225,7 @@ def _token(row: tables.Token) -> Token:
         name=row.name,
         role=Role(row.role),
         enterprise=row.enterprise or None,
+        place=row.place,
         created_ns=row.created_ns,
         expires_ns=row.expires_ns,
         revoked_ns=row.revoked_ns,

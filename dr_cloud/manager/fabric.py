@@ -97,6 +97,14 @@ class Fabric(Protocol):
         """End a stack, its exports and its write log; return its last counters, None if it was gone already."""
         ...
 
+    def pause_stack(self, stack: str, reason: str) -> None:
+        """Have an open stack answer every request with an error until it is resumed; one that is gone is passed by."""
+        ...
+
+    def resume_stack(self, stack: str) -> None:
+        """Let it serve again."""
+        ...
+
     def free_bytes(self, data_center: str, datastore: str) -> int | None:
         """Return how much a datastore can still take; None if it has no bound, or does not tell."""
         ...

@@ -19,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from dr_cloud.model.cloud import AlertKind
 from dr_cloud.model.units import SECOND_NS
+from dr_cloud.model.watch import AlertKind
 
 STALE_NS: Final = 15 * SECOND_NS
 """A report older than this is no news: what it said grows older with it."""

@@ -67,7 +67,11 @@ class Pairings(Operations):
             raise UnauthenticatedError("the pairing token is not known here", "Ask for a new one for this site.")
         link = self._context.fabric.start_connector(request.enterprise)
         who = Principal(
-            id="pairing", name=f"site {request.site}", role=Role.ENTERPRISE_ADMIN, enterprise=request.enterprise
+            id="pairing",
+            name=f"site {request.site}",
+            role=Role.ENTERPRISE_ADMIN,
+            enterprise=request.enterprise,
+            place=None,
         )
         csr_digest = hashlib.sha256(request.csr.encode()).hexdigest()
         with self._change(who, "site.pair", request.enterprise, f"site {request.site}") as change:

@@ -9,7 +9,7 @@ Layout::
     registry/<enterprise>/<number>.reg      registry/acme/0000000042.reg
     registry/provider/<number>.reg          the provider's own
 
-An envelope (`dr_cloud.journal.envelope`), magic "DRCR", version 1. Section 0 is JSON: `{"schema": "0001", "enterprise":
+An envelope (`dr_cloud.journal.envelope`), magic "DRCR", version 1. Section 0 is JSON: `{"schema": "0002", "enterprise":
 …, "tables": {table: [row …]}}`. `<number>` counts the changes, with gaps: changes that come while one is being written
 go together into the next. It is sealed with the enterprise's key from the keyring; `provider` has a key of its own.
 `registry` and `provider` can therefore be no enterprise's names.
@@ -44,7 +44,7 @@ from dr_cloud.store.store import Store
 
 MAGIC: Final = b"DRCR"
 VERSION: Final = 1
-SCHEMA: Final = "0001"
+SCHEMA: Final = "0002"
 RESERVED_NAMES: Final = frozenset({"registry", "provider"})
 KEPT: Final = 8
 """Objects of one enterprise that are kept at least."""
@@ -64,9 +64,15 @@ TENANT_TABLES: Final[tuple[type[tables.Base], ...]] = (
     tables.VpgMember,
     tables.VpgDisk,
     tables.RecoveryTest,
+    tables.DecisionHead,
 )
 """In the order in which rows can be added."""
-PROVIDER_TABLES: Final[tuple[type[tables.Base], ...]] = (tables.Token, tables.CenterHost)
+PROVIDER_TABLES: Final[tuple[type[tables.Base], ...]] = (
+    tables.Token,
+    tables.CenterHost,
+    tables.DecisionHead,
+    tables.PolicyRevision,
+)
 log = structlog.get_logger(__name__)
 
 

@@ -16,20 +16,12 @@ from dr_cloud.manager.health import lag_now
 from dr_cloud.manager.operations import Operations, missing, paged
 from dr_cloud.manager.tasks import Done, Later, TaskType, view
 from dr_cloud.manager.tenancy import PROVIDER
-from dr_cloud.model.cloud import (
-    Alert,
-    AuditEntry,
-    Event,
-    Health,
-    LogRequest,
-    Page,
-    PageRequest,
-    SiteHealth,
-)
+from dr_cloud.model.cloud import LogRequest, Page, PageRequest
 from dr_cloud.model.errors import ConflictError, InvalidError
 from dr_cloud.model.principal import Principal
 from dr_cloud.model.task import Task, TaskStatus
 from dr_cloud.model.vpg import VpgStatus
+from dr_cloud.model.watch import Alert, AuditEntry, Event, Health, SiteHealth
 
 _OPEN: Final = (TaskStatus.ACTIVE.value, TaskStatus.RUNNING.value)
 _ID: Final = re.compile(r"[0-9a-f]{32}")

@@ -96,6 +96,8 @@ class Site(Owned, Base):
     problems: Mapped[list[Any]] = mapped_column(default=list)
     datastores: Mapped[list[Any]] = mapped_column(default=list)
     """Their names, as the site tells them."""
+    denied: Mapped[str] = mapped_column(default="")
+    """Why policy refuses its link; empty if it does not."""
 
     __table_args__ = (ForeignKeyConstraint(["enterprise"], ["enterprises.enterprise"], ondelete="CASCADE"),)
 
@@ -140,6 +142,8 @@ class Token(Owned, Base):
     digest: Mapped[str] = mapped_column(String(64))
     name: Mapped[str]
     role: Mapped[str]
+    place: Mapped[str] = mapped_column(default="")
+    """The jurisdiction its bearer sits in; empty if that is not known."""
     created_ns: Mapped[int]
     expires_ns: Mapped[int]
     revoked_ns: Mapped[int | None]
@@ -200,6 +204,8 @@ class VpgTarget(Owned, Base):
     placed_host: Mapped[str]
     placed_datastore: Mapped[str]
     sync_number: Mapped[int] = mapped_column(default=0)
+    denied: Mapped[str] = mapped_column(default="")
+    """Why policy has stopped it; empty if it has not."""
     # How it stands; from the source, then from the target.
     reported_ns: Mapped[int] = mapped_column(default=0)
     linked: Mapped[bool] = mapped_column(default=False)
@@ -334,6 +340,8 @@ class RecoveryTest(Owned, Base):
     verdict_note: Mapped[str] = mapped_column(default="")
     statistics: Mapped[Json] = mapped_column(default=dict)
     problem: Mapped[str] = mapped_column(default="")
+    denied: Mapped[str] = mapped_column(default="")
+    """Why policy has stopped it; empty if it has not."""
     started_by: Mapped[str]
 
     __table_args__ = (
@@ -402,6 +410,32 @@ class Audit(Owned, Base):
     __table_args__ = (Index(None, "enterprise", "at_ns"),)
 
 
+class Decision(Owned, Base):
+    """One decision of the rights manager (`dr_cloud.model.decision`). Rows are added and never changed or removed."""
+
+    __tablename__ = "decisions"
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    id: Mapped[str] = mapped_column(String(32))
+    at_ns: Mapped[int]
+    point: Mapped[str] = mapped_column(String(16))
+    action: Mapped[str] = mapped_column(String(16))
+    subject: Mapped[str]
+    revision: Mapped[str]
+    input: Mapped[Json]
+    allow: Mapped[bool]
+    reasons: Mapped[list[Any]]
+    previous: Mapped[str]
+    hash: Mapped[str]
+
+
+class DecisionHead(Owned, Base):
+    """The last decision of an enterprise: whoever adds one holds this row."""
+
+    __tablename__ = "decision_heads"
+    number: Mapped[int]
+    hash: Mapped[str]
+
+
 class Event(Owned, Base):
     """Something that changed, for those who watch. A bounded number is kept for each enterprise."""
 
@@ -442,5 +476,17 @@ class CenterHost(Base):
     followed_revision: Mapped[int] = mapped_column(default=0)
 
 
-PROVIDER_ONLY: Final = (CenterHost,)
+class PolicyRevision(Base):
+    """Policies and regulation that were put in force; the greatest number is."""
+
+    __tablename__ = "policy_revisions"
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at_ns: Mapped[int]
+    by: Mapped[str]
+    revision: Mapped[str]
+    sources: Mapped[Json]
+    """`dr_cloud.model.rights.PolicySources`"""
+
+
+PROVIDER_ONLY: Final = (CenterHost, PolicyRevision)
 """The tables that no tenant's session may touch at all."""

@@ -94,6 +94,8 @@ class Site(_View):
     orders_revision: int
     followed_revision: int
     throttle: Throttle
+    denied: str = ""
+    """Why its link is refused by policy; empty if it is not."""
 
 
 class SiteUpdate(_Request):
@@ -169,6 +171,8 @@ class DataCenter(_View):
     contact: str
     hosts: list[Place]
     datastores: list[Place]
+    denied: str = ""
+    """Why no data of the caller's enterprise may come here; empty if it may, or if the caller is of none."""
 
 
 class VpgDisk(_View):
@@ -192,6 +196,8 @@ class VpgTarget(_View):
     """The host that was chosen: shown to the provider's own people only."""
     placed_datastore: str | None = None
     linked: bool = False
+    denied: str = ""
+    """Why policy has stopped it; empty if it has not. It goes on by itself when it is allowed again."""
     problem: str = ""
     lag_seconds: float | None = None
     """None before the first checkpoint."""
@@ -334,7 +340,9 @@ class RecoveryTest(_View):
     note: str = ""
     """What its starter said; and why `at_ns` is not `asked_ns`, where it is not."""
     uris: dict[str, list[str]] = {}
-    """The NBD URIs of each disk, by the disk's name, while it runs."""
+    """The NBD URIs of each disk, by the disk's name, while it runs: shown to whom policy lets read."""
+    denied: str = ""
+    """Why policy has stopped it, or does not let the caller read; empty otherwise."""
     started_ns: int
     running_ns: int | None = None
     stopped_ns: int | None = None
@@ -361,6 +369,8 @@ class Token(_View):
     name: str
     role: Role
     enterprise: str | None
+    place: str
+    """The jurisdiction its bearer sits in; empty if that is not known."""
     created_ns: int
     expires_ns: int
     revoked_ns: int | None
@@ -373,6 +383,8 @@ class TokenRequest(_Request):
     name: str = Field(min_length=1, max_length=255)
     role: Role
     enterprise: Name | None = None
+    place: Jurisdiction | None = None
+    """The jurisdiction its bearer sits in; None: an enterprise's own; of the provider's people it is then not known."""
     lifetime_seconds: int = Field(default=90 * 86400, ge=60, le=366 * 86400)
 
 
@@ -392,74 +404,6 @@ class NewPairing(_View):
     expires_ns: int
     token: str = Field(repr=False)
     """`drp1.…`: shown this once."""
-
-
-AlertKind = Literal["lag", "history", "history-critical", "link", "vdsa", "checkpoint", "replication"]
-
-
-class Alert(_View):
-    """Something that someone should look at."""
-
-    id: str
-    enterprise: str
-    kind: AlertKind
-    subject: str
-    """What it is about: `vpg/erp/dc1`, `site/leeds`, `host/leeds/h1`."""
-    message: str
-    remedy: str
-    raised_ns: int
-    cleared_ns: int | None
-
-
-class SiteHealth(_View):
-    """How a site and its link stand."""
-
-    enterprise: str
-    site: str
-    connected: bool
-    last_seen_ns: int | None
-    hosts: int
-    hosts_failed: int
-
-
-class Health(_View):
-    """How all that the caller may see stands."""
-
-    at_ns: int
-    sites: list[SiteHealth]
-    vpgs: dict[VpgStatus, int]
-    alerts: list[Alert]
-    """Those that are raised, newest first, at most a thousand."""
-    lag_seconds_max: float | None
-    tasks_running: int
-
-
-class AuditEntry(_View):
-    """One mutating call."""
-
-    id: str
-    at_ns: int
-    principal: str
-    principal_name: str
-    role: str
-    enterprise: str
-    """On whose things; empty for the provider's own."""
-    operation: str
-    subject: str
-    outcome: Literal["done", "denied", "refused"]
-    reason: str = ""
-
-
-class Event(_View):
-    """Something that changed."""
-
-    number: int
-    """Ascending; ask for what comes after the last one seen."""
-    at_ns: int
-    enterprise: str
-    kind: Literal["task", "checkpoint", "health", "alert", "vpg", "test", "site"]
-    subject: str
-    data: dict[str, Any]
 
 
 class LogRequest(_Request):
@@ -498,3 +442,5 @@ class Route(_View):
     store: str
     """URL of the store of its journal (of a site's own datastore: the datastore's name)."""
     jurisdiction: Jurisdiction
+    grant: str = Field(default="", repr=False)
+    """At a data center: the rights manager's signed word that the scope may lie there; as in `TargetOrders`."""

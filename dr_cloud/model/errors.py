@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class DrCloudError(Exception):
     """An operating error: it is told to the user and handled, never swallowed.
@@ -14,7 +17,7 @@ class DrCloudError(Exception):
         super().__init__(message)
         self.remedy = remedy
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return type(self), (str(self.args[0]), self.remedy)
 
 
@@ -40,6 +43,27 @@ class UnauthenticatedError(DrCloudError):
 
 class ForbiddenError(DrCloudError):
     """The caller's role does not allow this, or policy denies it."""
+
+
+class DeniedError(ForbiddenError):
+    """Policy denies it (R13), or nobody could decide.
+
+    Attributes:
+        reasons: Why, in words.
+        revision: Of policies and data; empty if no engine answered.
+        open: The data centers where it would be allowed, if it is about one.
+    """
+
+    def __init__(
+        self, message: str, remedy: str = "", reasons: Sequence[str] = (), revision: str = "", open: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message, remedy)
+        self.reasons = list(reasons)
+        self.revision = revision
+        self.open = list(open)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (str(self.args[0]), self.remedy, self.reasons, self.revision, self.open)
 
 
 class NotFoundError(DrCloudError):

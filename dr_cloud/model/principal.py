@@ -29,3 +29,5 @@ class Principal(BaseModel):
     role: Role
     enterprise: str | None = None
     """The only enterprise whose things it sees; None: all (the provider's own people)."""
+    place: str | None = ""
+    """The jurisdiction it sits in; empty if that is not known. None: no person, but the provider or a site itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi.sse import format_sse_event
 
 from dr_cloud.client.events import parse_events
-from dr_cloud.model.cloud import Event
+from dr_cloud.model.watch import Event
 
 
 def event(number: int) -> Event:
