@@ -14,9 +14,10 @@ Scheduling
 
 Cuts
     When the carrier fails, every stream and call raises `OSError` or `UnavailableError`. A peer that has gone without
-    a word (half-open) is noticed after four rounds of 5 s in which nothing came, though it was asked; a process that
-    was itself stopped for a while does not count that time. Nothing arrives twice. After a cut a message either had
-    arrived whole or is lost, and the sender does not know which: that is for the protocols above.
+    a word (half-open) is noticed after four rounds of 5 s in which nothing came; it is asked after each of them, and
+    not while there is traffic. A process that was itself stopped for a while does not count that time. Nothing arrives
+    twice. After a cut a message either had arrived whole or is lost, and the sender does not know which: that is for
+    the protocols above.
 
 Cancellation
     `receive` and `open` may be cancelled. A `send` that is cancelled while it waits has been queued all the same.
@@ -311,8 +312,10 @@ class Session:
         silent_rounds = 0
         while silent_rounds < _SILENT_ROUNDS:
             await asyncio.sleep(self._ping_seconds)
-            silent_rounds = 0 if self._heard else silent_rounds + 1
-            self._heard = False
+            if self._heard:
+                self._heard, silent_rounds = False, 0
+                continue
+            silent_rounds += 1
             self._core.ping()
             self._wake.set()
         self._stop(f"nothing came for {_SILENT_ROUNDS * self._ping_seconds:g} s", tell=False)

@@ -12,7 +12,7 @@ from dr_cloud.link.messages import Durable
 from dr_cloud.model.vpg import Order
 from dr_cloud.vdsa.batch import Batch, Prepared
 
-_BATCH_SECONDS_MAX: Final = 1.0
+_BATCH_SECONDS_MAX: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class SourceLimits:
     def batch_seconds(self) -> float:
         """How long a batch may stay open. A checkpoint closes it, so nothing becomes durable later for a longer one.
 
-        Each batch is three messages over the link, whatever it holds: what writes seldom is to send seldom.
+        Each batch is three messages over the link, whatever it holds: what writes seldom sends one for a checkpoint.
         """
-        return min(_BATCH_SECONDS_MAX, self.checkpoint_seconds / 5)
+        return min(_BATCH_SECONDS_MAX, self.checkpoint_seconds)
 
 
 class Prepare(NamedTuple):

@@ -45,7 +45,7 @@ from dr_cloud.vdsa.ports import TapConnection
 from dr_cloud.vdsa.source_io import ReplacedError, SourceVdsa
 from dr_cloud.vdsa.taps import Announced
 
-_TICK_SECONDS: Final = 0.05
+_TICK_SECONDS_MAX: Final = 0.25
 _HELLO_SECONDS: Final = 30.0
 _MATCH_SECONDS: Final = 1.0
 _SUCCESSOR_SECONDS: Final = 30.0
@@ -269,6 +269,8 @@ class SourceHub:
 
     def _analyse_cut(self, known: _Replication, source: SourceVdsa) -> None:
         """Tell the analyzers of a checkpoint that has been made."""
+        if not source.core.cut_sent:
+            return
         cut = source.core.last_cut
         if self._analyzers is not None and cut != known.analysed_cut and known.orders.copy_number == _ANALYSED_COPY:
             raw, sealed = (now - then for now, then in zip(source.core.sealed_bytes, known.analysed_bytes, strict=True))
@@ -345,7 +347,8 @@ class SourceHub:
         loop = asyncio.get_running_loop()
         match_at = 0.0
         while True:
-            await asyncio.sleep(_TICK_SECONDS)
+            sources = [known.source for known in self._replications.values() if known.source is not None]
+            await asyncio.sleep(min((source.tick_seconds for source in sources), default=_TICK_SECONDS_MAX))
             now_ns = time.monotonic_ns()
             for known in self._replications.values():
                 if known.source is not None:

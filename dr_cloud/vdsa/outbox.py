@@ -91,6 +91,11 @@ class Outbox:
         self.in_threads += 1
         self._out.append(Prepare(self.stream, self.numbered, batch))
 
+    @property
+    def cut_sent(self) -> bool:
+        """Whether the last checkpoint has left, and with it all that was to be sealed before it."""
+        return self._sent >= self.cut_number
+
     def next_number(self) -> int:
         """Return the number of the message that comes next; the batch before it is closed."""
         self.close_batch()

@@ -142,6 +142,11 @@ class SourceCore:
         return self._outbox.kept_bytes
 
     @property
+    def cut_sent(self) -> bool:
+        """Whether the last cut has been sent: `sealed_bytes` then counts all before it."""
+        return self._outbox.cut_sent
+
+    @property
     def _interval_ns(self) -> int:
         return int(self.limits.checkpoint_seconds * SECOND_NS)
 

@@ -63,9 +63,11 @@ from dr_cloud.vdsa.feed import Record
 from dr_cloud.vdsa.source import SourceCore
 from dr_cloud.vdsa.taps import Announced
 
-_PING_NS: Final = 5 * SECOND_NS
+_PING_NS: Final = 10 * SECOND_NS
+"""The target is asked whether it is there when nothing has come from it for so long, and again after as long."""
 _SILENCE_NS: Final = 30 * SECOND_NS
 _WELCOME_SECONDS: Final = 30.0
+_TICK_SECONDS_MIN: Final = 0.05
 _TICK_SECONDS_MAX: Final = 0.25
 _WAIT_SECONDS_MIN: Final = 0.1
 _WAIT_SECONDS_MAX: Final = 5.0
@@ -143,7 +145,7 @@ class SourceVdsa:
         self._wait_seconds = _WAIT_SECONDS_MIN
         self._answers: dict[str, asyncio.Future[Durable]] = {}
         self._begun_ns = time.time_ns()
-        self._tick_ns = self._ping_ns = self._heard_ns = 0
+        self._ping_ns = self._heard_ns = 0
         self.problem = ""
         self._loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[None] = self._loop.create_future()
@@ -287,17 +289,21 @@ class SourceVdsa:
             self.problem = str(error) or repr(error)
             self.stopped.set_exception(error)
 
+    @property
+    def tick_seconds(self) -> float:
+        """How often `tick` is to be called."""
+        return max(_TICK_SECONDS_MIN, min(_TICK_SECONDS_MAX, self.orders.checkpoint_seconds / 4))
+
     def tick(self, now_ns: int) -> None:
         """The monotonic clock moved on."""
-        if now_ns < self._tick_ns or self.stopped.done():
+        if self.stopped.done():
             return
-        self._tick_ns = now_ns + int(min(_TICK_SECONDS_MAX, self.orders.checkpoint_seconds / 4) * SECOND_NS)
         if self.core.linked:
             if now_ns - self._heard_ns > _SILENCE_NS:
                 self._trouble("the target is silent")
                 self._link_reset.set()
-            if now_ns >= self._ping_ns:
-                self._ping_ns = now_ns + _PING_NS
+            if now_ns - max(self._heard_ns, self._ping_ns) >= _PING_NS:
+                self._ping_ns = now_ns
                 for sender in self._senders:
                     sender.put(encode_control(Ping()))
         queued_bytes = sum(sender.queued_bytes for sender in self._senders)
