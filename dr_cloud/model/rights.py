@@ -14,7 +14,9 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.provider import Jurisdiction, Name
+from dr_cloud.model.units import SECOND_NS, parse_time
 
 
 class _Record(BaseModel):
@@ -107,6 +109,13 @@ JUDGE_SECONDS: Final = 60.0
 """How often everything that stands is judged again at least; a new revision is noticed within a second."""
 
 
+def _time_ns(text: str) -> int:
+    try:
+        return parse_time(text)
+    except DrCloudError as error:
+        raise ValueError(f"{error}. {error.remedy}") from None
+
+
 class Mechanism(_Record):
     """A legal ground on which data may leave one jurisdiction for another."""
 
@@ -131,7 +140,19 @@ class Mechanism(_Record):
             raise ValueError("clauses need `assessment` and `enterprises`")
         if self.kind == "derogation" and not (self.actions and self.enterprises):
             raise ValueError("a derogation needs `actions` and `enterprises`")
+        if self.valid_from_s >= self.valid_until_s:
+            raise ValueError("`valid_until` must be after `valid_from`")
         return self
+
+    @property
+    def valid_from_s(self) -> int:
+        """The first whole second in which it holds."""
+        return -(-_time_ns(self.valid_from) // SECOND_NS)
+
+    @property
+    def valid_until_s(self) -> int:
+        """The first whole second in which it does not hold any more."""
+        return _time_ns(self.valid_until) // SECOND_NS
 
 
 class JurisdictionRecord(_Record):
@@ -146,6 +167,24 @@ class Regulation(_Record):
 
     jurisdictions: dict[Jurisdiction, JurisdictionRecord] = Field(min_length=1)
     mechanisms: list[Mechanism] = []
+
+    @property
+    def wholes(self) -> dict[str, list[str]]:
+        """Each jurisdiction that there is, with itself and every whole that it is a part of."""
+        parts = {part for record in self.jurisdictions.values() for part in record.parts}
+        return {
+            name: [name, *(whole for whole, record in self.jurisdictions.items() if name in record.parts)]
+            for name in sorted(parts | set(self.jurisdictions))
+        }
+
+    @model_validator(mode="after")
+    def _refers_to_itself(self) -> Regulation:
+        known = self.wholes
+        for mechanism in self.mechanisms:
+            for name in (mechanism.from_, mechanism.to):
+                if name not in known:
+                    raise ValueError(f"mechanism {mechanism.reference!r} names {name}, which is not listed")
+        return self
 
 
 class DataCenterFacts(_Record):

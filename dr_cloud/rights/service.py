@@ -1,0 +1,263 @@
+"""The rights manager itself: an engine, what it is to decide by, and the key.
+
+Purpose
+    It looks after the bundle (sources and facts together), asks the engine, and signs grants after its own yes.
+
+Consistency
+    Sources and facts have one revision, named by their content. Answers are used again for `CACHE_SECONDS` at most,
+    never under another revision, nor across the beginning or end of a mechanism. A no that comes from an older revision
+    while the engine is about to fetch a newer one is asked again, so what was just registered is not refused for it.
+
+Crash recovery
+    Only the key is kept (`state`/rights). Sources and facts are put again by the manager, which has them in its
+    database; until then there is no answer, and no answer is a no.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from dr_cloud.model.errors import DrCloudError, InvalidError, UnavailableError
+from dr_cloud.model.rights import (
+    CACHE_SECONDS,
+    GRACE_SECONDS,
+    Action,
+    Answer,
+    Facts,
+    PolicySources,
+    Question,
+    RightsState,
+)
+from dr_cloud.rights.bundle import Signer, build_bundle
+from dr_cloud.rights.embedded import EmbeddedEngine
+from dr_cloud.rights.engine import Engine, no_answer
+from dr_cloud.rights.grant import Grant, issue
+from dr_cloud.rights.regulation import check_modules, next_boundary_s, question_input
+from dr_cloud.rights.rights import GrantRequest
+
+SETTLE_SECONDS: Final = 3.0
+"""How long an engine may take to come to a new revision before that is a problem."""
+_CACHE_ENTRIES_MAX: Final = 20_000
+_PROBE: Final = Question(action=Action.OPERATE, enterprise="probe")
+
+
+class _Cache:
+    """Answers of the last moments, under one revision. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, tuple[float, Answer]] = {}
+        self._revision = ""
+
+    def get(self, key: str, now: float, revision: str) -> Answer | None:
+        if revision != self._revision:
+            self._answers.clear()
+            self._revision = revision
+        at, answer = self._answers.get(key, (0.0, None))
+        return answer if answer is not None and 0 <= now - at < CACHE_SECONDS else None
+
+    def put(self, key: str, now: float, answer: Answer) -> None:
+        if answer.revision != self._revision:
+            return
+        if len(self._answers) >= _CACHE_ENTRIES_MAX:
+            self._answers.clear()
+        self._answers[key] = (now, answer)
+
+    def clear(self) -> None:
+        self._answers.clear()
+
+
+class RightsService:
+    """`dr_cloud.rights.rights.Rights` over an engine. Every method may be called from any thread."""
+
+    def __init__(self, state_dir: Path, engine: Engine, clock_s: Callable[[], float] = time.time) -> None:
+        """Take an engine, which is closed with it.
+
+        Args:
+            state_dir: The provider's state; the key is kept in its folder `rights`.
+            engine: It decides.
+            clock_s: Seconds since the epoch.
+
+        Raises:
+            DrCloudError: The key cannot be used.
+        """
+        self._signer = Signer.open(state_dir)
+        self._engine = engine
+        self._clock_s = clock_s
+        self._lock = threading.Lock()
+        self._sources: PolicySources | None = None
+        self._facts: Facts | None = None
+        self._wanted = ""
+        self._bundle = b""
+        self._put_at = 0.0
+        self._cache = _Cache()
+        self._cached_until: int | None = None
+
+    @property
+    def public_key(self) -> str:
+        """The public half of the rights key, PEM: grants and bundles are verified with it."""
+        return self._signer.public
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()
+
+    # -- questions --
+
+    def decide(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer each question. Never raises."""
+        if not self._wanted:
+            return [no_answer("the rights manager has no policies or no facts yet") for _ in questions]
+        now = self._clock_s()
+        keys = [question.model_dump_json() for question in questions]
+        with self._lock:
+            if self._cached_until is not None and now >= self._cached_until:
+                self._cache.clear()
+                self._note_boundary(now)
+            revision = self._engine.revision
+            known = {key: answer for key in keys if (answer := self._cache.get(key, now, revision)) is not None}
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
+        known |= self._asked(missing, now)
+        return [known[key] for key in keys]
+
+    def _asked(self, questions: dict[str, Question], now: float) -> dict[str, Answer]:
+        answers = self._ask(questions, now)
+        outdated = {key: questions[key] for key, a in answers.items() if a.answered and not a.allow and self._old(a)}
+        if outdated and self._settle():
+            answers |= self._ask(outdated, self._clock_s())
+        with self._lock:
+            for key, answer in answers.items():
+                if answer.answered:
+                    self._cache.put(key, now, answer)
+        return answers
+
+    def _ask(self, questions: dict[str, Question], now: float) -> dict[str, Answer]:
+        if not questions:
+            return {}
+        inputs = [question_input(question, int(now)) for question in questions.values()]
+        return dict(zip(questions, self._engine.answer(inputs), strict=True))
+
+    def _old(self, answer: Answer) -> bool:
+        return answer.revision != self._wanted
+
+    def _settle(self) -> bool:
+        """Wait while the engine may still come to the newest revision; return whether it has."""
+        while self._engine.revision != self._wanted:
+            if time.monotonic() - self._put_at > SETTLE_SECONDS:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def grant(self, requests: Sequence[GrantRequest]) -> list[tuple[Answer, str]]:
+        """Answer each, with a grant where the answer is yes. Never raises."""
+        answers = self.decide([request.question for request in requests])
+        return [self._granted(request, answer) for request, answer in zip(requests, answers, strict=True)]
+
+    def _granted(self, request: GrantRequest, answer: Answer) -> tuple[Answer, str]:
+        question, place = request.question, request.question.place
+        if not answer.allow:
+            return answer, ""
+        asked = (question.enterprise, question.vpg, question.target)
+        if question.action is not Action.KEEP or place is None or place.kind != "data center" or asked != request.scope:
+            reasons = ["a grant is for keeping one scope in one data center, and the question is not about that"]
+            return Answer(reasons=reasons, revision=answer.revision), ""
+        until_s = int(self._clock_s()) + GRACE_SECONDS
+        if answer.until_s is not None:
+            until_s = min(until_s, answer.until_s)
+        grant = Grant(request.scope, place.name, request.store, answer.revision, until_s)
+        return answer, issue(grant, self._signer)
+
+    def state(self) -> RightsState:
+        """Return how it stands. Never raises."""
+        revision, wanted, sources = self._engine.revision, self._wanted, self._sources
+        problem = self._engine.problem
+        if not wanted:
+            problem = problem or "there are no policies or no facts yet"
+        elif not problem and revision != wanted and time.monotonic() - self._put_at > SETTLE_SECONDS:
+            problem = f"it decides by revision {revision or 'none'}, and {wanted} is the newest"
+        mechanisms = sources.regulation.mechanisms if sources is not None else []
+        return RightsState(
+            engine=self._engine.kind,
+            wanted=wanted,
+            revision=revision,
+            problem=problem,
+            boundary_s=next_boundary_s(mechanisms, int(self._clock_s())),
+        )
+
+    # -- what it decides by --
+
+    def put_facts(self, facts: Facts) -> str:
+        """Decide by these facts from now on; return the revision that is wanted then, empty without policies."""
+        with self._lock:
+            self._put(self._sources, facts)
+            return self._wanted
+
+    def put_sources(self, sources: PolicySources) -> str:
+        """Put policies and regulation in force; return the revision that is wanted then, empty without facts.
+
+        Raises:
+            InvalidError: They cannot be used; nothing was changed.
+        """
+        self._tried(sources, self._facts or Facts(data_centers={}, enterprises={})).close()
+        with self._lock:
+            self._put(sources, self._facts)
+            return self._wanted
+
+    def _put(self, sources: PolicySources | None, facts: Facts | None) -> None:
+        if sources is not None and facts is not None:
+            revision, bundle = build_bundle(sources, facts, self._signer)
+            if revision != self._wanted:
+                try:
+                    self._engine.load(bundle, self._signer.public)
+                except DrCloudError as error:
+                    raise UnavailableError(f"the engine did not take the policies: {error}", error.remedy) from None
+                self._wanted, self._bundle, self._put_at = revision, bundle, time.monotonic()
+        self._sources, self._facts = sources, facts
+        self._cache.clear()
+        self._note_boundary(self._clock_s())
+
+    def _note_boundary(self, now: float) -> None:
+        mechanisms = self._sources.regulation.mechanisms if self._sources is not None else []
+        self._cached_until = next_boundary_s(mechanisms, int(now))
+
+    def _tried(self, sources: PolicySources, facts: Facts) -> EmbeddedEngine:
+        """Return an engine of its own that decides by these. Raises `InvalidError` if they cannot be used."""
+        engine = EmbeddedEngine()
+        try:
+            engine.load(build_bundle(check_modules(sources), facts, self._signer)[1], self._signer.public)
+            (answer,) = engine.answer([question_input(_PROBE, int(self._clock_s()))])
+            if not answer.answered:
+                raise InvalidError(f"the policies do not decide: {answer.reasons[0]}", "See policies/README.md.")
+            if answer.allow:
+                raise InvalidError("the policies allow what is not known at all", "Allow only what is known.")
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def what_if(self, sources: PolicySources, questions: Sequence[Question]) -> list[Answer]:
+        """Answer by other policies, with the facts as they are; nothing is changed.
+
+        Raises:
+            InvalidError: The policies cannot be used.
+            UnavailableError: There are no facts yet.
+        """
+        facts = self._facts
+        if facts is None:
+            raise UnavailableError("the rights manager has no facts yet", "Try again in a moment.")
+        engine = self._tried(sources, facts)
+        try:
+            now_s = int(self._clock_s())
+            return engine.answer([question_input(question, now_s) for question in questions])
+        finally:
+            engine.close()
+
+    def bundle(self) -> tuple[str, bytes]:
+        """Return (revision, the newest signed bundle). Raises `UnavailableError` if there is none yet."""
+        with self._lock:
+            if not self._wanted:
+                raise UnavailableError("the rights manager has no policies or no facts yet", "Try again in a moment.")
+            return self._wanted, self._bundle
