@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -21,10 +22,12 @@ from e2e_world import MIB, Guest, Processes, make_disk, read_disk, wait_until
 from dr_cloud.actors.settings import load_provider
 from dr_cloud.actors.up import RunningProvider
 from dr_cloud.client.client import Client
-from dr_cloud.model.cloud import StopTest, TestsRequest
+from dr_cloud.model.cloud import StopTest, TestsRequest, TokenRequest
 from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.principal import Role
 from dr_cloud.model.task import CompletionCode, Task
 from dr_cloud.model.vpg import VpgSettings
+from dr_cloud.rights.regulation import POLICIES, REGULATION
 
 DISK_BYTES = 4 * MIB
 CHECKPOINT_SECONDS = 0.5
@@ -35,6 +38,8 @@ PROVIDER: dict[str, Any] = {
     "link_ports": [0, 0],
     "idle_stacks": 0,
     "tenants": "tenants",
+    "operators": "USA",
+    "rights": {"policies": "policies"},
     "data_centers": [
         {
             "name": "us-east",
@@ -51,6 +56,18 @@ PROVIDER: dict[str, Any] = {
     ],
 }
 TENANTS = {"acme": ("USA", "chicago"), "brit": ("UK", "leeds")}
+TRADE = [
+    {
+        "kind": "adequacy",
+        "from": one,
+        "to": other,
+        "reference": f"the decision on {one} and {other}",
+        "valid_from": "2020-01-01T00:00:00Z",
+        "valid_until": "2100-01-01T00:00:00Z",
+    }
+    for one, other in (("USA", "UK"), ("UK", "USA"))
+]
+"""With these mechanisms the two jurisdictions are open to one another."""
 
 
 class Server:
@@ -68,10 +85,17 @@ class Server:
         self.guest.pause_seconds = 0.005
 
 
+def write_policies(folder: Path, mechanisms: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write the product's policies, with these mechanisms."""
+    shutil.copytree(POLICIES, folder, dirs_exist_ok=True)
+    regulation = yaml.safe_load((folder / REGULATION).read_text())
+    (folder / REGULATION).write_text(yaml.safe_dump({**regulation, "mechanisms": [dict(one) for one in mechanisms]}))
+
+
 class CloudWorld(Processes):
     """See the module's docstring. `folder` has a short path: sockets lie in it."""
 
-    def __init__(self, folder: Path, **config: Any) -> None:
+    def __init__(self, folder: Path, mechanisms: Sequence[Mapping[str, Any]] = (), **config: Any) -> None:
         super().__init__(folder, {"RAY_USAGE_STATS_ENABLED": "0"})
         self.config = PROVIDER | config
         self.servers: list[Server] = []
@@ -85,6 +109,7 @@ class CloudWorld(Processes):
                 "sites": [{"name": site, "jurisdiction": jurisdiction}],
             }
             (folder / "tenants" / f"{name}.yaml").write_text(yaml.safe_dump(tenant))
+        write_policies(folder / "policies", mechanisms)
         (folder / "provider.yaml").write_text(yaml.safe_dump(self.config))
 
     # The provider.
@@ -108,10 +133,14 @@ class CloudWorld(Processes):
         return found[0]
 
     def client(self, enterprise: str) -> Client:
-        """The provider's administrator, with one enterprise in mind."""
+        """The administrator of an enterprise, who sits in its jurisdiction; "-" is the provider's own."""
         if enterprise not in self.clients:
             ca = (self.folder / "p" / "ca" / "ca-cert.pem").read_text()
-            token = (self.folder / "p" / "admin-token").read_text().strip()
+            if enterprise == "-":
+                token = (self.folder / "p" / "admin-token").read_text().strip()
+            else:
+                request = TokenRequest(name=f"admin of {enterprise}", role=Role.ENTERPRISE_ADMIN, enterprise=enterprise)
+                token = self.client("-").create_token(request).secret
             self.clients[enterprise] = Client(self.api, token, ca_pem=ca, enterprise=enterprise)
         return self.clients[enterprise]
 

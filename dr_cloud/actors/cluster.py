@@ -84,16 +84,6 @@ class Placement(BaseModel):
             ray.kill(ray.get_actor(name, namespace=self.namespace), no_restart=True)
 
 
-def at_data_center(data_center: str) -> dict[str, str]:
-    """Return the labels of a data center's nodes."""
-    return {"data-center": data_center}
-
-
-def in_jurisdiction(jurisdiction: str) -> dict[str, str]:
-    """Return the labels of the nodes that lie in a jurisdiction."""
-    return {"jurisdiction": jurisdiction}
-
-
 def node_address() -> str:
     """Return the address of this node, by which actors on others reach it."""
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]

@@ -22,21 +22,24 @@ from urllib.parse import unquote, urlsplit
 import ray
 import structlog
 
-from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, ask, ask_again, at_data_center, in_jurisdiction
+from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, ask, ask_again
 from dr_cloud.actors.gate import LOGS_SECONDS, Target
 from dr_cloud.actors.logs import provider_archive
+from dr_cloud.actors.placing import Labels, Placing
 from dr_cloud.actors.pool import StackPool
 from dr_cloud.actors.settings import ProviderSettings
 from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.actors.vdsa import Vdsa
 from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.fabric import ServedStack
-from dr_cloud.model.cloud import LogRequest, Route
+from dr_cloud.model.cloud import PAGE_LIMIT_MAX, LogRequest, PageRequest, Route
 from dr_cloud.model.errors import DrCloudError, LimitError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan, Write
 from dr_cloud.model.replication import LogRequest as SiteLogRequest
 from dr_cloud.model.replication import TargetOrders
+from dr_cloud.model.rights import Action
+from dr_cloud.rights.rights import Rights
 from dr_cloud.seal.identity import replace_file
 from dr_cloud.stack.stack import StackStatistics
 
@@ -106,6 +109,7 @@ class RayFabric:
         door: Any,
         cloud: Callable[[], Cloud],
         idle_stacks: Mapping[str, int],
+        rights: Rights,
         owner: str = "",
     ) -> None:
         """Prepare.
@@ -115,12 +119,14 @@ class RayFabric:
             door: The actor class of an enterprise's door.
             cloud: Returns the manager that uses this.
             idle_stacks: How many stack actors to keep at hand, by data center; none where it is not named.
+            rights: Says where actors may run.
             owner: The enterprise whose manager uses this; empty for the provider's.
         """
         self._settings = settings
         self._placement = settings.placement
         self._door = door
         self._cloud = cloud
+        self._placing = Placing(settings.config, rights)
         self._ports = Ports(settings)
         self._lock = threading.Lock()
         self._stacks: dict[str, tuple[OpenedStack, Any, StackPool]] = {}
@@ -130,7 +136,7 @@ class RayFabric:
                 settings.node,
                 f"{center.name}/{owner}",
                 idle_stacks.get(center.name, 0),
-                at_data_center(center.name),
+                self._placing.at_center(center.name),
             )
             for center in settings.config.data_centers
         }
@@ -155,8 +161,11 @@ class RayFabric:
     def start_connector(self, enterprise: str) -> str:
         """Make sure that the enterprise's connector runs; return where its sites dial."""
         port = self._ports.of(enterprise)
-        jurisdiction = self._cloud().enterprise(SYSTEM, enterprise).jurisdiction
-        options = self._placement.options(self._settings.connector_name(enterprise), in_jurisdiction(jurisdiction))
+        cloud = self._cloud()
+        home = cloud.enterprise(SYSTEM, enterprise).jurisdiction
+        sites = [site.name for site in cloud.sites(SYSTEM, enterprise, PageRequest(limit=PAGE_LIMIT_MAX)).items]
+        labels = self._placing.for_door(enterprise, home, sites)
+        options = self._placement.options(self._settings.connector_name(enterprise), labels)
         settings = self._settings if self._settings.manager_per_enterprise else self._settings.without_database
         self._door.options(**options).remote(settings, enterprise, port)
         return f"wss://{self._settings.config.link_host}:{port}/link"
@@ -192,8 +201,22 @@ class RayFabric:
 
         Where each enterprise has its own, the one of no enterprise stands for the host itself and serves nobody.
         """
+        return self._vdsa(data_center, host, enterprise, self._placing.at_center(data_center))
+
+    def _target_vdsa(self, route: Route) -> Any:
+        """Return the VDSA of a target, started where policy lets it run if it does not run. Raises `DeniedError`."""
+        enterprise = route.scope.enterprise
+        if not self._settings.vdsa_per_enterprise:
+            return self.start_vdsa(route.site, route.host, enterprise)
+        try:
+            return self._placement.find(self._settings.vdsa_name(route.site, route.host, enterprise))
+        except UnavailableError:
+            labels = self._placing.for_data(Action.REPLICATE, enterprise, route.site)
+            return self._vdsa(route.site, route.host, enterprise, labels)
+
+    def _vdsa(self, data_center: str, host: str, enterprise: str, labels: Labels) -> Any:
         name = self._settings.vdsa_name(data_center, host, enterprise)
-        options = self._placement.options(name, at_data_center(data_center))
+        options = self._placement.options(name, labels)
         whose = enterprise if self._settings.vdsa_per_enterprise else None
         return Vdsa.options(**options).remote(  # type: ignore[attr-defined]
             self._settings.node,
@@ -208,7 +231,7 @@ class RayFabric:
         if route.kind == "site":
             address = self.wait_connector(scope.enterprise)
         else:
-            vdsa = self.start_vdsa(route.site, route.host, scope.enterprise)
+            vdsa = self._target_vdsa(route)
             address = ask_again(lambda: vdsa.admit.remote([_orders(route)]), "the VDSA")
         return Target(route=route, address=address)
 
@@ -244,7 +267,7 @@ class RayFabric:
                 f"the journal of {route.scope.vpg} is at site {route.site}, not with the provider",
                 "Look at it, and recover from it, at that site.",
             )
-        return self.start_vdsa(route.site, route.host, route.scope.enterprise)
+        return self._target_vdsa(route)
 
     def checkpoints(self, route: Route) -> Sequence[Checkpoint]:
         """Return every checkpoint of a scope, ascending."""
@@ -282,11 +305,12 @@ class RayFabric:
         self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None
     ) -> Mapping[str, ServedStack | DrCloudError]:
         """Open a stack at each time, in parallel, in the data center of the scope."""
-        vdsa, pool = self._vdsa_of(route), self._pools[route.site]
+        vdsa, pool, enterprise = self._vdsa_of(route), self._pools[route.site], route.scope.enterprise
         wanted = {test: at_ns for test, at_ns in times_ns.items() if test not in self._stacks}
         found: dict[str, ServedStack | DrCloudError] = {
             test: _served(self._stacks[test][0]) for test in times_ns if test in self._stacks
         }
+        labels = self._placing.for_data(Action.TEST, enterprise, route.site) if wanted else {}
         plans: list[ImagePlan | DrCloudError] = ask_again(
             lambda: vdsa.plans_or_errors.remote(_orders(route), list(wanted.values())), "the VDSA", PLAN_SECONDS
         )
@@ -295,11 +319,11 @@ class RayFabric:
             if isinstance(plan, DrCloudError):
                 found[test] = plan
             else:
-                actor = pool.take(route.scope.enterprise)
+                actor = pool.take(enterprise, labels)
                 opening[test] = (plan, actor, actor.open.remote(test, plan, route.store, quota_bytes))
         for test, (plan, actor, reference) in opening.items():
             try:
-                opened, actor = self._opened(pool, actor, reference, test, plan, route.store, quota_bytes)
+                opened, actor = self._opened(pool, labels, actor, reference, (test, plan, route.store, quota_bytes))
             except DrCloudError as error:
                 found[test] = error
             else:
@@ -309,8 +333,9 @@ class RayFabric:
         pool.refill_soon()
         return found
 
+    @staticmethod
     def _opened(
-        self, pool: StackPool, actor: Any, reference: Any, test: str, plan: ImagePlan, store: str, quota: int | None
+        pool: StackPool, labels: Labels, actor: Any, reference: Any, wanted: tuple[str, ImagePlan, str, int | None]
     ) -> tuple[OpenedStack, Any]:
         """Wait until a stack serves. One that died while it was idle costs no test: a new one takes its place."""
         try:
@@ -319,8 +344,8 @@ class RayFabric:
             except UnavailableError as error:
                 if not isinstance(error.__cause__, ray.exceptions.RayActorError):
                     raise
-                actor = pool.start()
-                return ask(actor.open.remote(test, plan, store, quota), "the stack", START_SECONDS), actor
+                actor = pool.start(labels)
+                return ask(actor.open.remote(*wanted), "the stack", START_SECONDS), actor
         except DrCloudError:
             pool.end(actor)
             raise
@@ -396,7 +421,7 @@ class RayFabric:
 
 
 def _orders(route: Route) -> TargetOrders:
-    return TargetOrders(scope=Scope(*route.scope), store=route.store)
+    return TargetOrders(scope=Scope(*route.scope), store=route.store, grant=route.grant)
 
 
 def _served(opened: OpenedStack) -> ServedStack:

@@ -37,6 +37,7 @@ from dr_cloud.actors.fabric import RayFabric, free_port
 from dr_cloud.actors.gate import Target
 from dr_cloud.actors.https import ApiServer, split_listen
 from dr_cloud.actors.logs import start_log
+from dr_cloud.actors.rights import RightsDesk
 from dr_cloud.actors.settings import ADMIN_TOKEN, MANAGER, ProviderSettings, Ready, registry_url
 from dr_cloud.api.app import make_app
 from dr_cloud.manager.cloud import SYSTEM, Cloud
@@ -89,7 +90,8 @@ class Core:
         self._open = threading.Event()
         self.problem: Exception | None = None
         self.authority = Authority.open(settings.config.state / "ca", settings.config.name)
-        self.fabric = RayFabric(settings, door, lambda: self.cloud, idle_stacks, owner)
+        self.rights = RightsDesk(settings.placement, settings.config.rights.engine)
+        self.fabric = RayFabric(settings, door, lambda: self.cloud, idle_stacks, self.rights, owner)
         self._cloud: Cloud | None = None
 
     @property
@@ -114,6 +116,7 @@ class Core:
                 api_url=api_url,
                 clock_ns=time.time_ns,
                 answers_for=self._answers_for,
+                rights=self.rights,
             )
         return self._cloud
 

@@ -89,10 +89,14 @@ class StackPool:
         later.daemon = True
         later.start()
 
-    def start(self) -> Any:
-        """Start an actor that is not kept here: for a test whose idle actor turned out to be dead."""
+    def start(self, labels: Mapping[str, str] | None = None) -> Any:
+        """Start an actor that is not kept here: for a test whose idle actor turned out to be dead.
+
+        Args:
+            labels: Of the nodes on which it may run; None is the pool's.
+        """
         name = f"{self._prefix}{uuid.uuid4().hex}"
-        options = self._placement.options(name, self._labels)
+        options = self._placement.options(name, self._labels if labels is None else labels)
         return StackActor.options(**options).remote(self._settings)  # type: ignore[attr-defined]
 
     def wait_until_ready(self) -> list[int]:
@@ -101,8 +105,15 @@ class StackPool:
             references = [actor.where.remote() for actor in self._fresh]
         return [ask(reference, "an idle stack", _START_SECONDS).pid for reference in references]
 
-    def take(self, enterprise: str) -> Any:
-        """Return an idle actor for a test of `enterprise`: one that served it before, or one that served nobody."""
+    def take(self, enterprise: str, labels: Mapping[str, str] | None = None) -> Any:
+        """Return an actor for a test of `enterprise`: an idle one that served it before, or that served nobody.
+
+        Args:
+            enterprise: Whose test it is.
+            labels: Of the nodes on which it may run; None is the pool's. Where they are others, a new one is started.
+        """
+        if labels is not None and dict(labels) != self._labels:
+            return self.start(labels)
         with self._lock:
             if kept := self._kept.get(enterprise):
                 return kept.pop()

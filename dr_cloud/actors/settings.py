@@ -20,6 +20,7 @@ from dr_cloud.model.provider import Architecture, DatastoreConfig, ProviderConfi
 from dr_cloud.seal.identity import Credentials, new_key_and_csr
 
 MANAGER: Final = "manager"
+RIGHTS: Final = "rights"
 ADMIN_TOKEN: Final = "admin-token"
 """The file, in the state folder, with the first administrator's token."""
 _FILE_URL: Final = re.compile(r"file://(?!/)(.+)")
@@ -41,6 +42,11 @@ class ProviderSettings(BaseModel):
         return NodeSettings(
             keyring=state / "keyring.json", work_dir=state / "work", cache_dir=state / "cache", run_dir=state / "run"
         )
+
+    @property
+    def rights_key(self) -> Path:
+        """The public half of the rights manager's key: with it grants are checked."""
+        return self.config.state / "rights" / "public.pem"
 
     @property
     def without_database(self) -> ProviderSettings:
@@ -153,10 +159,12 @@ def load_provider(path: Path, state: Path | None = None) -> ProviderConfig:
         center.model_copy(update={"datastores": [absolute(store) for store in center.datastores]})
         for center in config.data_centers
     ]
+    policies = (folder / config.rights.policies).resolve() if config.rights.policies is not None else None
     return config.model_copy(
         update={
             "state": state,
             "tenants": (folder / config.tenants).resolve() if config.tenants is not None else None,
+            "rights": config.rights.model_copy(update={"policies": policies}),
             "data_centers": centers,
             "database": config.database or f"sqlite:///{state}/provider.db",
         }

@@ -23,7 +23,8 @@ import structlog
 
 from dr_cloud.actors.cloud import CloudManager
 from dr_cloud.actors.cluster import START_SECONDS, Placement, ask, ask_again, ray_has_gone, start_ray
-from dr_cloud.actors.settings import ADMIN_TOKEN, MANAGER, ProviderSettings, Ready
+from dr_cloud.actors.rights import RightsManager
+from dr_cloud.actors.settings import ADMIN_TOKEN, MANAGER, RIGHTS, ProviderSettings, Ready
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, load_yaml
 
@@ -58,6 +59,9 @@ class RunningProvider:
         self._placement: Placement = start_ray(config.ray, config.name)
         self.settings = ProviderSettings(config=config, placement=self._placement)
         try:
+            RightsManager.options(**self._placement.options(RIGHTS)).remote(  # type: ignore[attr-defined]
+                self.settings.without_database
+            )
             manager = CloudManager.options(**self._placement.options(MANAGER)).remote(  # type: ignore[attr-defined]
                 self.settings, tenants
             )

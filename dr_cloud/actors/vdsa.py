@@ -6,9 +6,14 @@ Purpose
     As a source it takes the taps of servers that run on its host: recovered ones, or a tenant's servers in the cloud.
     Each enterprise has a hub and a socket of its own there, so that names of servers never meet.
 
+Grants
+    What follows a manager's orders serves a scope only with the rights manager's grant for it, its store and its own
+    data center (`dr_cloud.vdsa.granted`). It is looked at when a source comes and every second; when it ends, the scope
+    is let go, and the report says so.
+
 Orders
     Fetched when they change and every ten seconds; what they no longer name is let go. A report goes to the manager
-    every two seconds, and after a change. While the manager is away it goes on as it is.
+    every five seconds, and within two after a change. While the manager is away it goes on as it is.
 
 Crash recovery
     Ray restarts it when it dies. It then serves the targets it served before (a small file tells), and opens each at
@@ -19,8 +24,9 @@ Crash recovery
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -38,20 +44,28 @@ from dr_cloud.actors.settings import ManagerDesk, ProviderSettings
 from dr_cloud.journal.reader import JournalReader
 from dr_cloud.journal.writes import list_writes
 from dr_cloud.link.stream import MessageStream
-from dr_cloud.model.errors import DrCloudError, NotFoundError
+from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan, Write
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, TargetOrders
+from dr_cloud.rights.grant import verify
 from dr_cloud.seal.identity import replace_file
 from dr_cloud.seal.keyring import Keyring
+from dr_cloud.site.follower import essence
+from dr_cloud.site.orders import refused_target
 from dr_cloud.store.store import Store
 from dr_cloud.tap.memory import keep_freed_memory
+from dr_cloud.vdsa.granted import Granted
 from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.scope import ScopeStatus
 from dr_cloud.vdsa.target_io import TargetVdsa
 
-REPORT_SECONDS: Final = 2.0
+REPORT_SECONDS: Final = 5.0
+"""So often everything is told, figures too;"""
+LOOK_SECONDS: Final = 2.0
+"""so often it is looked whether anything else has changed."""
 ORDERS_SECONDS: Final = 10.0
+GRANTS_SECONDS: Final = 1.0
 Place = tuple[str, str, str | None]
 """Data center, host, and the enterprise if it serves one alone."""
 _TARGETS: Final = TypeAdapter(list[TargetOrders])
@@ -93,9 +107,13 @@ class Vdsa:
         self._stores = Stores()
         self._keyring = Keyring.open(settings.keyring)
         self._kept = settings.socket(name).with_suffix(".targets")
-        self._targets = {target.scope: target for target in [*self._recalled(), *targets]}
+        self._targets = Granted(self._check_grant, time.time)
+        self._targets.add([*self._recalled(), *targets])
         self._orders = SiteOrders(revision=0, hosts=[])
         self._hubs: dict[str, SourceHub] = {}
+        self._told: object = None
+        self._told_at = 0.0
+        self._releasing: dict[Scope, asyncio.Task[None]] = {}
         self._desk = ManagerDesk(provider.placement) if provider is not None else None
         self._loop = LoopThread("vdsa")
         self._loop.call(self._start(socket or settings.socket(name)))
@@ -106,7 +124,10 @@ class Vdsa:
         self._inner = await asyncio.to_thread(self._inner_end)
         self._server, self._address = await self._inner.listen(socket, self._vdsa.serve)
         if self._provider is not None:
-            self._following = asyncio.create_task(self._follow_for_ever(), name="follow")
+            self._following = [
+                asyncio.create_task(self._follow_for_ever(), name="follow"),
+                asyncio.create_task(self._watch_grants(), name="grants"),
+            ]
 
     def _inner_end(self) -> Inner:
         if self._provider is None or self._desk is None or self._provider.placement.local:
@@ -115,10 +136,36 @@ class Vdsa:
         return Inner(address, self._desk.certified("vdsa", [address]))
 
     def _store(self, scope: Scope) -> Store:
-        target = self._targets.get(scope)
-        if target is None:
-            raise NotFoundError(f"{scope.prefix} is not served here", "Ask the manager where its target is.")
-        return self._stores.at(target.store)
+        return self._stores.at(self._targets.admit(scope))
+
+    def _check_grant(self, target: TargetOrders) -> float:
+        if self._provider is None or self._place is None:
+            return math.inf
+        try:
+            public = self._provider.rights_key.read_text()
+        except OSError as error:
+            raise UnavailableError(
+                f"the rights manager's public key cannot be read: {error.strerror}", "Bring it to this node."
+            ) from None
+        return verify(target.grant, public, target.scope, self._place[0], target.store, int(time.time())).until_s
+
+    async def _watch_grants(self) -> None:
+        refused: dict[Scope, str] = {}
+        while True:
+            before, refused = refused, self._targets.refused()
+            for scope, why in refused.items():
+                if scope not in before:
+                    _log.warning("vdsa.not_granted", scope=scope.prefix, reason=why)
+            self._release(refused)
+            await asyncio.sleep(GRANTS_SECONDS)
+
+    def _release(self, scopes: Iterable[Scope]) -> None:
+        """Let scopes go; one whose store hangs holds up no other."""
+        self._releasing = {scope: task for scope, task in self._releasing.items() if not task.done()}
+        for scope in scopes:
+            if scope not in self._releasing:
+                task = asyncio.create_task(self._vdsa.release(scope), name=f"release {scope.prefix}")
+                self._releasing[scope] = task
 
     # What it is to serve.
 
@@ -132,15 +179,13 @@ class Vdsa:
             return []
 
     def _keep(self) -> None:
-        replace_file(self._kept, _TARGETS.dump_json(list(self._targets.values())).decode(), 0o600)
+        replace_file(self._kept, _TARGETS.dump_json(self._targets.orders).decode(), 0o600)
 
     def admit(self, targets: Sequence[TargetOrders]) -> str:
         """Serve these scopes too; return where sources connect (`dr_cloud.actors.inner`)."""
 
         async def admit() -> str:
-            fresh = {target.scope: target for target in targets if self._targets.get(target.scope) != target}
-            if fresh:
-                self._targets |= fresh
+            if self._targets.add(targets):
                 self._keep()
             return self._address
 
@@ -166,20 +211,17 @@ class Vdsa:
             except Exception:
                 _log.exception("vdsa.follow")
             try:
-                await asyncio.wait_for(self._changed.wait(), REPORT_SECONDS)
+                await asyncio.wait_for(self._changed.wait(), LOOK_SECONDS)
             except TimeoutError:
                 continue
 
     async def _follow(self) -> None:
         assert self._place is not None and self._desk is not None
         orders: SiteOrders = await self._desk.ask("host_orders", *self._place)
-        wanted = {target.scope: target for target in orders.targets}
-        gone = [scope for scope in self._targets if scope not in wanted]
-        if wanted != self._targets:
-            self._targets = wanted
+        changed, gone = self._targets.replace(orders.targets)
+        if changed:
             self._keep()
-        for scope in gone:
-            await self._vdsa.release(scope)
+        self._release(gone)
         if orders.revision != self._orders.revision:
             _log.info("vdsa.orders", revision=orders.revision, targets=len(orders.targets), released=len(gone))
         present = {target.scope.enterprise for target in orders.targets}
@@ -218,9 +260,15 @@ class Vdsa:
             version=version("dr-cloud"),
             hosts=[HostReport(host=host, vdsa="installed", servers=self._seen())],
             sources=[report for hub in self._hubs.values() for report in hub.reports()],
-            targets=self._vdsa.reports(),
+            targets=[*self._vdsa.reports(), *(refused_target(*item) for item in self._targets.refused().items())],
         )
+        what, now = essence(report), time.monotonic()
+        if what == self._told and now - self._told_at < REPORT_SECONDS:
+            return
+        # If it is lost, the next one tells everything anew.
+        self._told = None
         await self._desk.ask("host_report", data_center, host, report)
+        self._told, self._told_at = what, now
 
     def _seen(self) -> list[SeenServer]:
         return [
@@ -289,7 +337,8 @@ class Vdsa:
 
         async def stop() -> None:
             if self._provider is not None:
-                self._following.cancel()
+                for task in self._following:
+                    task.cancel()
             self._server.close()
             for hub in self._hubs.values():
                 await hub.close()

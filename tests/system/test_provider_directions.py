@@ -15,7 +15,7 @@ import pytest
 import ray
 import yaml
 from e2e_world import wait_until
-from provider_world import DISK_BYTES, CloudWorld, Server
+from provider_world import DISK_BYTES, TRADE, CloudWorld, Server
 from vdsa_images import ImageReader
 
 from dr_cloud.journal.catalogue import Catalogue
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.system
 @pytest.fixture(scope="module")
 def world() -> Iterator[CloudWorld]:
     folder = Path(tempfile.mkdtemp(prefix="drc-"))
-    world = CloudWorld(folder)
+    world = CloudWorld(folder, TRADE)
     provider = world.start_provider_here()
     try:
         world.start_site("acme")
