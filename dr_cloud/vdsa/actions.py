@@ -20,7 +20,7 @@ class SourceLimits:
     """The bounds of a source and its rhythm."""
 
     checkpoint_seconds: float = 5.0
-    batches_max: int = 16
+    batches_max: int = 8
     """Batches under way: being hashed, offered or sealed."""
     kept_bytes_max: int = 256 << 20
     """Sealed bytes that are not durable yet."""

@@ -19,7 +19,7 @@ from dr_cloud.seal.keys import DIGEST_BYTES, VpgKeys
 from dr_cloud.tap import wire
 from dr_cloud.vdsa.feed import Record
 
-BATCH_BLOCKS_MAX: Final = 256
+BATCH_BLOCKS_MAX: Final = 512
 BATCH_RECORDS_MAX: Final = 1024
 _LOCAL: Final = np.uint64(LOCAL_BIT)
 

@@ -71,7 +71,7 @@ _TICK_SECONDS_MIN: Final = 0.05
 _TICK_SECONDS_MAX: Final = 0.25
 _WAIT_SECONDS_MIN: Final = 0.1
 _WAIT_SECONDS_MAX: Final = 5.0
-_ROOM_BYTES: Final = 1 << 20
+_ROOM_BYTES: Final = 2 << 20
 """With less than this waiting to be sent, the link keeps up."""
 
 _log = structlog.get_logger(__name__)
