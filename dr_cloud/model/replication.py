@@ -1,8 +1,8 @@
 """What a manager tells a site to do, and what the site tells of itself. Both are whole states, never changes.
 
 The manager sends `SiteOrders`, all of what the site is to do, whenever it changes and when the site connects; the site
-makes itself so, as often as it is told. The site sends a `SiteReport` every second or two. Whatever is lost on the way
-is made good by the next one.
+makes itself so, as often as it is told. The site sends a `SiteReport` every few seconds, and when something changes.
+Whatever is lost on the way is made good by the next one.
 """
 
 from __future__ import annotations

@@ -187,14 +187,17 @@ class Follower:
 
 
 def essence(report: SiteReport) -> object:
-    """Return a report without its figures, but with what is durable. When it changes, that is worth telling at once."""
+    """Return a report without its figures, but with whether anything is durable.
+
+    When it changes, that is worth telling at once.
+    """
     return (
         report.revision,
         [
             (host.host, host.vdsa, host.problem, [(s.name, s.tap, s.connected, s.disks) for s in host.servers])
             for host in report.hosts
         ],
-        [(one.scope, one.linked, one.problem, one.paused, one.taps, one.durable_ns) for one in report.sources],
-        [(one.scope, one.generation, one.connections, one.problem) for one in report.targets],
+        [(one.scope, one.linked, one.problem, one.paused, one.taps, one.durable_ns > 0) for one in report.sources],
+        [(one.scope, one.generation, one.connections, one.problem, one.newest_ns is None) for one in report.targets],
         report.problems,
     )

@@ -45,7 +45,8 @@ from dr_cloud.vdsa.analysis.analyzers import Analyzers
 from dr_cloud.vdsa.hub import SourceHub
 from dr_cloud.vdsa.target_io import TargetVdsa
 
-REPORT_SECONDS: Final = 2.0
+REPORT_SECONDS: Final = 5.0
+"""So often everything is told, figures too."""
 LOOK_SECONDS: Final = 0.5
 """A change is told after this time at most, and not more often."""
 TEND_SECONDS: Final = 2.0
@@ -151,7 +152,7 @@ class Site:
                 await asyncio.sleep(TEND_SECONDS)
 
     async def _report(self) -> None:
-        """Tell the provider everything, if two seconds have passed or something has changed."""
+        """Tell the provider everything, if five seconds have passed or something has changed."""
         if not self.uplink.linked:
             self._told = None
             return
