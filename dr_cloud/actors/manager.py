@@ -1,8 +1,9 @@
 """The manager, its tasks and the REST API in one process, so that they come back together.
 
 Start
-    The database is opened, what runs is found by name (connectors, VDSAs, stacks) and what is missing is started, the
-    tenants that were given are registered, then the API is served. All of it is safe to repeat.
+    The database is opened, what runs is found by name (VDSAs, stacks), the rights manager is told policies and facts,
+    the API is served; when there are decisions, the tenants that were given are registered and what is missing is
+    started. All of it is safe to repeat.
 
 Enterprises with a manager of their own
     In two of the architectures an `EnterpriseManager` per enterprise carries its control and is its door: one process
@@ -15,7 +16,8 @@ Crash recovery
 
 Files in the state folder
     `provider.db` (unless another database is named), `ca/`, `keyring.json`, `ports.json`, `api-port`, `admin-token`
-    (mode 0600: the first administrator's, written once), `logs/`, `run/`, `work/`, `cache/`, `stores/`.
+    (mode 0600: the first administrator's, written once), `rights/` (keys, `bundle-token` with which an OPA server
+    fetches its bundle), `logs/`, `run/`, `work/`, `cache/`, `stores/`.
 """
 
 from __future__ import annotations
@@ -53,9 +55,11 @@ from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.open import open_store
 
 _ADMIN_LIFETIME_SECONDS: Final = 365 * 86400
+_ENGINE_TOKEN_SECONDS: Final = 365 * 86400
 _RETRY_SECONDS: Final = 1.0
 _PATIENCE_SECONDS: Final = 15.0
 """A former self may hold a port for a moment."""
+_RIGHTS_SECONDS: Final = 20.0
 _INBOUND: Final = frozenset(
     {
         "certificate_ok",
@@ -93,6 +97,7 @@ class Core:
         self.rights = RightsDesk(settings.placement, settings.config.rights.engine)
         self.fabric = RayFabric(settings, door, lambda: self.cloud, idle_stacks, self.rights, owner)
         self._cloud: Cloud | None = None
+        self._begun = False
 
     @property
     def cloud(self) -> Cloud:
@@ -119,6 +124,15 @@ class Core:
                 rights=self.rights,
             )
         return self._cloud
+
+    def begin(self, api_url: str) -> Cloud:
+        """Open it, take over what runs, and have it begin; once. Raises as `open` does; may then be called again."""
+        cloud = self.open(api_url)
+        if not self._begun:
+            self.fabric.take_over()
+            cloud.start()
+            self._begun = True
+        return cloud
 
     def target(self, scope: Scope) -> Target:
         """Return where the target of a scope is, ready to serve it."""
@@ -187,19 +201,17 @@ class Headquarters:
     def _start(self) -> None:
         core, config = self._core, self._settings.config
         host, port = self._api_address()
-        first = core._cloud is None
-        cloud = core.open(f"https://{host}:{port}")
-        if first:
-            core.fabric.take_over()
-        self._register_tenants(cloud)
+        cloud = core.begin(f"https://{host}:{port}")
         self._make_administrator(cloud)
-        for enterprise in self._enterprises(cloud):
-            cloud.connector_started(enterprise, core.fabric.start_connector(enterprise))
+        self._make_engine_token(cloud)
         if self._api is None:
             answering = DividedCloud(cloud, core.fabric.connector) if self._settings.manager_per_enterprise else cloud
             credentials = core.authority.service_credentials("api", [host])
             self._api = ApiServer(make_app(answering), host, port, credentials)  # type: ignore[arg-type]
-        cloud.start()
+        self._wait_rights()  # an engine may fetch its bundle from the API; where doors may stand, it decides
+        self._register_tenants(cloud)
+        for enterprise in self._enterprises(cloud):
+            cloud.connector_started(enterprise, core.fabric.start_connector(enterprise))
         for center in config.data_centers:
             for host_view in cloud.center_hosts(SYSTEM, center.name):
                 if host_view.vdsa not in ("removing", "not installed"):
@@ -241,6 +253,23 @@ class Headquarters:
                 name="first administrator", role=Role.PROVIDER_ADMIN, lifetime_seconds=_ADMIN_LIFETIME_SECONDS
             )
             replace_file(path, cloud.create_token(SYSTEM, request).secret + "\n", 0o600)
+
+    def _make_engine_token(self, cloud: Cloud) -> None:
+        """Make the token with which an OPA server fetches its bundle from the API, if it is missing or old."""
+        path = self._settings.bundle_token
+        fresh = path.exists() and time.time() - path.stat().st_mtime < _ENGINE_TOKEN_SECONDS / 2
+        if self._settings.config.rights.engine == "opa" and not fresh:
+            request = TokenRequest(name="policy engine", role=Role.AUDITOR, lifetime_seconds=_ENGINE_TOKEN_SECONDS)
+            replace_file(path, cloud.create_token(SYSTEM, request).secret, 0o600)
+
+    def _wait_rights(self) -> None:
+        """Wait a while until the rights manager decides; without it the provider starts too, and allows nothing new."""
+        deadline = time.monotonic() + _RIGHTS_SECONDS
+        while (state := self._core.rights.state()).revision != state.wanted or not state.wanted:
+            if time.monotonic() > deadline:
+                _log.warning("manager.no_rights", reason=state.problem)
+                return
+            time.sleep(0.1)
 
     def ready(self) -> Ready:
         """Wait until everything is open; return where it is. Raises what stands in the way."""
@@ -290,12 +319,7 @@ class EnterpriseManager(Door):
         self._core.until_done(self._start)
 
     def _start(self) -> None:
-        core = self._core
-        first = core._cloud is None
-        cloud = core.open(f"https://{self._settings.config.api}")
-        if first:
-            core.fabric.take_over()
-        cloud.start()
+        self._core.begin(f"https://{self._settings.config.api}")
 
     def ready(self) -> str:
         """Wait until manager and door are open; return the door's inner address."""

@@ -6,7 +6,9 @@ other takes nothing. Ray places by it, also when it starts an actor again. Witho
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Final
 
 from dr_cloud.model.errors import DeniedError
 from dr_cloud.model.provider import ProviderConfig
@@ -14,6 +16,9 @@ from dr_cloud.model.rights import Action, Place, Question
 from dr_cloud.rights.rights import Rights
 
 Labels = dict[str, str]
+_PATIENCE_SECONDS: Final = 5.0
+"""An engine may need that long to hear of an enterprise that was just registered."""
+_PAUSE_SECONDS: Final = 0.2
 
 
 def in_jurisdictions(jurisdictions: Sequence[str]) -> Labels:
@@ -62,6 +67,10 @@ class Placing:
             Question(action=Action.CONNECT, enterprise=enterprise, source=Place(kind="site", name=site))
             for site in sites
         ]
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         answers = self._rights.decide(connects)
+        while not all(answer.answered for answer in answers) and time.monotonic() < deadline:
+            time.sleep(_PAUSE_SECONDS)
+            answers = self._rights.decide(connects)
         reach = {jurisdiction for answer in answers if answer.allow for jurisdiction in answer.jurisdictions}
         return in_jurisdictions([home] if home in reach or not reach else sorted(reach))

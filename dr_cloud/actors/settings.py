@@ -49,6 +49,11 @@ class ProviderSettings(BaseModel):
         return self.config.state / "rights" / "public.pem"
 
     @property
+    def bundle_token(self) -> Path:
+        """The token with which an OPA server fetches its bundle from the API."""
+        return self.config.state / "rights" / "bundle-token"
+
+    @property
     def without_database(self) -> ProviderSettings:
         """The same for actors that do not use the database: its URL may hold a password."""
         return self.model_copy(update={"config": self.config.model_copy(update={"database": ""})})
