@@ -1,8 +1,10 @@
 """What comes in from sites and hosts: connections and reports.
 
-A report comes every second or two and says everything. It is written when it says something new, and else every few
-seconds: how things stand is then at most that old. With it the VPGs follow: a disk that was added gets an index, one
-that was removed is retired, a server that moved is where it is now, one that is gone makes its group say so.
+A report comes every few seconds and says everything. What it says that is new is written at once, and the VPGs follow:
+a disk that was added gets an index, one that was removed is retired, a server that moved is where it is now, one that
+is gone makes its group say so. If nothing but its figures has changed, these alone are written, every few seconds: how
+things stand is then at most that old. All of a report is written again after a while, and each time as long as a VPG
+lacks something or a server is not connected, for then time alone can change how that is judged.
 
 A report is believed only for what its sender is concerned with: a site for its own enterprise's VPGs that it is the
 source or the target of, a data center's host for the scopes that were placed on it.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session, selectinload
@@ -29,16 +31,28 @@ from dr_cloud.manager.vpgs import judge
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, SourceReport, TargetReport
 from dr_cloud.model.units import SECOND_NS
 
-WRITTEN_EVERY_NS: Final = 5 * SECOND_NS
+FIGURES_EVERY_NS: Final = 4 * SECOND_NS
+"""Less than lies between two reports that tell of nothing new."""
+WHOLE_EVERY_NS: Final = 30 * SECOND_NS
 _Events = list[tuple[str, str, str, dict[str, Any]]]
 """(enterprise, kind, subject, data)"""
+
+
+class _Written(NamedTuple):
+    """What was last written of a party's reports."""
+
+    signature: int
+    figures_ns: int
+    whole_ns: int
+    settled: bool
+    """Whether time alone changes nothing of what was judged."""
 
 
 class Watch(Pairings, Dispatch):
     """What the fabric tells."""
 
     def _prepare_watch(self) -> None:
-        self._written: dict[Party, tuple[int, int]] = {}
+        self._written: dict[Party, _Written] = {}
         self._written_lock = threading.Lock()
 
     def site_connected(self, enterprise: str, site: str, serial: str) -> SiteOrders:
@@ -66,9 +80,10 @@ class Watch(Pairings, Dispatch):
     def site_report(self, enterprise: str, site: str, report: SiteReport) -> None:
         """Take a site's report."""
         party = Party("site", enterprise, site)
-        if not self._is_news(party, report):
-            return
         now_ns = self._context.clock_ns()
+        news = self._news(party, report, now_ns)
+        if not news or (news == "figures" and self._write_site_figures(enterprise, site, report, now_ns)):
+            return
         events: _Events = []
         parties: list[Party] = []
         with self._database.write(enterprise) as session:
@@ -101,16 +116,22 @@ class Watch(Pairings, Dispatch):
                 if target is not None and target.site == site:
                     _take_target(target, kept, now_ns)
             wanted = select(tables.Vpg).where(tables.Vpg.source_site == site)
-            parties += self._follow(session, wanted, now_ns, events)
+            changed, settled = self._follow(session, wanted, now_ns, events)
+            parties += changed
+        self._note_written(party, report, now_ns, settled)
         self._publish(parties)
         self._emit(events)
 
     def host_report(self, data_center: str, host: str, report: SiteReport) -> None:
         """Take the report of a data center's host: of its VDSA, or of one of its VDSAs."""
         party = Party("host", data_center, host)
-        if not self._is_news(party, report):
-            return
         now_ns = self._context.clock_ns()
+        news = self._news(party, report, now_ns)
+        if not news:
+            return
+        if news == "figures":
+            self._write_host_figures(data_center, host, report, now_ns)
+            return
         events: _Events = []
         with self._database.write(EVERYONE) as session:
             row = session.get(tables.CenterHost, (data_center, host))
@@ -134,7 +155,8 @@ class Watch(Pairings, Dispatch):
                 tables.Vpg.source_site == data_center, tables.Vpg.source_host == host, tables.Vpg.source_in_center
             )
             self._take_center_servers(session, data_center, here, _seen(report.hosts), now_ns)
-            parties = self._follow(session, here, now_ns, events)
+            parties, settled = self._follow(session, here, now_ns, events)
+        self._note_written(party, report, now_ns, settled)
         self._publish(parties)
         self._emit(events)
 
@@ -151,13 +173,53 @@ class Watch(Pairings, Dispatch):
         for enterprise, servers in owned.items():
             _take_servers(session, enterprise, data_center, servers, now_ns)
 
-    def _follow(self, session: Session, wanted: Any, now_ns: int, events: _Events) -> list[Party]:
-        """Have VPGs follow what their servers are now; return whose orders change."""
+    def _write_site_figures(self, enterprise: str, site: str, report: SiteReport, now_ns: int) -> bool:
+        """Write a site's figures; False if the site is not known as connected, so that more is to be written."""
+        vpg, target = tables.Vpg, tables.VpgTarget
+        of_vpg = (vpg.enterprise == target.enterprise) & (vpg.name == target.vpg)
+        with self._database.write(enterprise) as session:
+            row = session.get(tables.Site, (enterprise, site))
+            if row is None or not row.connected:
+                return False
+            row.last_seen_ns = now_ns
+            sent = session.scalars(select(target).join(vpg, of_vpg).where(vpg.source_site == site)).all()
+            _take_sources(sent, report.sources, now_ns)
+            if report.targets:
+                _take_targets(session.scalars(select(target).where(target.site == site)).all(), report.targets, now_ns)
+        self._note_figures(Party("site", enterprise, site), now_ns)
+        return True
+
+    def _write_host_figures(self, data_center: str, host: str, report: SiteReport, now_ns: int) -> None:
+        """Write the figures of a data center's host."""
+        vpg, target = tables.Vpg, tables.VpgTarget
+        of_vpg = (vpg.enterprise == target.enterprise) & (vpg.name == target.vpg)
+        here = (vpg.source_site == data_center) & (vpg.source_host == host) & vpg.source_in_center
+        there = (target.site == data_center) & (target.placed_host == host) & target.in_center
+        with self._database.write(EVERYONE) as session:
+            row = session.get(tables.CenterHost, (data_center, host))
+            if row is None:
+                raise missing("host", host)
+            row.last_seen_ns = now_ns
+            if report.sources:
+                _take_sources(
+                    session.scalars(select(target).join(vpg, of_vpg).where(here)).all(), report.sources, now_ns
+                )
+            _take_targets(session.scalars(select(target).where(there)).all(), report.targets, now_ns)
+        self._note_figures(Party("host", data_center, host), now_ns)
+
+    def _follow(self, session: Session, wanted: Any, now_ns: int, events: _Events) -> tuple[list[Party], bool]:
+        """Have VPGs follow what their servers are now.
+
+        Returns:
+            Whose orders change, and whether nothing is missing and every server is connected.
+        """
         parties = []
+        settled = True
         loads = (selectinload(tables.Vpg.members), selectinload(tables.Vpg.targets), selectinload(tables.Vpg.disks))
         session.flush()
         for vpg in session.scalars(wanted.options(*loads)).all():
-            disks_changed = follow_disks(session, vpg, known_servers(session, vpg))
+            servers = known_servers(session, vpg)
+            disks_changed = follow_disks(session, vpg, servers)
             if disks_changed:
                 parties.append(source_party(vpg))
             status_changed = judge(session, self._context.config, vpg, now_ns)
@@ -165,7 +227,8 @@ class Watch(Pairings, Dispatch):
                 events.append((vpg.enterprise, "vpg", vpg.name, {"status": vpg.status, "problem": vpg.problem}))
             if disks_changed or status_changed:
                 self._context.registry.touch(session, vpg.enterprise)
-        return parties
+            settled = settled and not vpg.problem and all(server.connected for server in servers.values())
+        return parties, settled
 
     def _publish(self, parties: list[Party]) -> None:
         if parties:
@@ -176,15 +239,24 @@ class Watch(Pairings, Dispatch):
         for enterprise, kind, subject, data in events:
             self._context.events.emit(enterprise, self._context.clock_ns(), [(kind, subject, data)])
 
-    def _is_news(self, party: Party, report: SiteReport) -> bool:
-        now_ns = self._context.clock_ns()
-        signature = hash(_signature(report))
+    def _news(self, party: Party, report: SiteReport, now_ns: int) -> Literal["", "figures", "whole"]:
+        """Return what of a report is to be written now."""
         with self._written_lock:
-            before, at_ns = self._written.get(party, (0, 0))
-            if before == signature and now_ns - at_ns < WRITTEN_EVERY_NS and not report.analyses:
-                return False
-            self._written[party] = (signature, now_ns)
-        return True
+            written = self._written.get(party)
+        if written is None or report.analyses or written.signature != hash(_signature(report)):
+            return "whole"
+        if now_ns - written.figures_ns < FIGURES_EVERY_NS:
+            return ""
+        return "figures" if written.settled and now_ns - written.whole_ns < WHOLE_EVERY_NS else "whole"
+
+    def _note_written(self, party: Party, report: SiteReport, now_ns: int, settled: bool) -> None:
+        with self._written_lock:
+            self._written[party] = _Written(hash(_signature(report)), now_ns, now_ns, settled)
+
+    def _note_figures(self, party: Party, now_ns: int) -> None:
+        with self._written_lock:
+            if (written := self._written.get(party)) is not None:
+                self._written[party] = written._replace(figures_ns=now_ns)
 
     def _forget_written(self, party: Party) -> None:
         with self._written_lock:
@@ -209,8 +281,7 @@ def _signature(report: SiteReport) -> tuple[Any, ...]:
             s.problem,
             s.paused,
             tuple(sorted(s.taps.items())),
-            s.durable_ns,
-            int(s.lag_seconds) // 5,
+            s.durable_ns > 0,
         )
         for s in report.sources
     )
@@ -270,6 +341,21 @@ def _target(session: Session, told: SourceReport | TargetReport) -> tables.VpgTa
 
 def _vpg(session: Session, target: tables.VpgTarget) -> tables.Vpg:
     return session.get_one(tables.Vpg, (target.enterprise, target.vpg))
+
+
+def _take_sources(rows: Iterable[tables.VpgTarget], told: Iterable[SourceReport], now_ns: int) -> None:
+    """Note what is told of those of `rows` that it is about."""
+    known = {(row.enterprise, row.vpg, row.name): row for row in rows}
+    for source in told:
+        if (row := known.get(source.scope)) is not None:
+            _take_source(row, source, now_ns)
+
+
+def _take_targets(rows: Iterable[tables.VpgTarget], told: Iterable[TargetReport], now_ns: int) -> None:
+    known = {(row.enterprise, row.vpg, row.name): row for row in rows}
+    for kept in told:
+        if (row := known.get(kept.scope)) is not None:
+            _take_target(row, kept, now_ns)
 
 
 def _take_source(row: tables.VpgTarget, told: SourceReport, now_ns: int) -> None:
