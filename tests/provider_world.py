@@ -56,6 +56,7 @@ PROVIDER: dict[str, Any] = {
     ],
 }
 TENANTS = {"acme": ("USA", "chicago"), "brit": ("UK", "leeds")}
+"""The jurisdiction and the one site of each."""
 TRADE = [
     {
         "kind": "adequacy",
@@ -92,17 +93,41 @@ def write_policies(folder: Path, mechanisms: Sequence[Mapping[str, Any]] = ()) -
     (folder / REGULATION).write_text(yaml.safe_dump({**regulation, "mechanisms": [dict(one) for one in mechanisms]}))
 
 
+def settings_of(
+    server: Server, site: str, host: str = "h1", datastore: str = "ds-1", *more: str, name: str = ""
+) -> VpgSettings:
+    """Return the settings of a server's VPG: its target `east` is where it is told, others are called as their site."""
+    targets = [{"name": "east", "site": site, "host": host, "datastore": datastore}]
+    targets += [{"name": center, "site": center, "host": "h1", "datastore": "ds-1"} for center in more]
+    return VpgSettings.model_validate(
+        {
+            "name": name or server.name,
+            "source_site": server.site,
+            "servers": [{"name": server.name}],
+            "targets": targets,
+            "checkpoint_seconds": CHECKPOINT_SECONDS,
+        }
+    )
+
+
 class CloudWorld(Processes):
     """See the module's docstring. `folder` has a short path: sockets lie in it."""
 
-    def __init__(self, folder: Path, mechanisms: Sequence[Mapping[str, Any]] = (), **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mechanisms: Sequence[Mapping[str, Any]] = (),
+        tenants: Mapping[str, tuple[str, str]] = TENANTS,
+        **config: Any,
+    ) -> None:
         super().__init__(folder, {"RAY_USAGE_STATS_ENABLED": "0"})
+        self.tenants = tenants
         self.config = PROVIDER | config
         self.servers: list[Server] = []
         self.clients: dict[str, Client] = {}
         self.line = ""
         (folder / "tenants").mkdir()
-        for name, (jurisdiction, site) in TENANTS.items():
+        for name, (jurisdiction, site) in tenants.items():
             tenant = {
                 "name": name,
                 "jurisdiction": jurisdiction,
@@ -175,7 +200,7 @@ class CloudWorld(Processes):
     # Sites.
 
     def start_site(self, enterprise: str, again: bool = False) -> None:
-        site = TENANTS[enterprise][1]
+        site = self.tenants[enterprise][1]
         path = self.folder / f"{site}.yaml"
         if not again:
             settings: dict[str, Any] = {
@@ -188,10 +213,11 @@ class CloudWorld(Processes):
         self.start(site, "dr_cloud.cli.site_up", "-c", str(path))
         self.wait_ready(site)
 
-    def add_server(self, enterprise: str, name: str) -> Server:
+    def add_server(self, enterprise: str, name: str, copies: int = 1) -> Server:
         """A server at the enterprise's site; returns when the manager knows it."""
-        site = TENANTS[enterprise][1]
-        server = self._add(Server(self.folder, enterprise, name, site, self.folder / f"{site}.vdsa", len(self.servers)))
+        site = self.tenants[enterprise][1]
+        vdsa = self.folder / f"{site}.vdsa"
+        server = self._add(Server(self.folder, enterprise, name, site, vdsa, len(self.servers)), copies)
         client = self.client(enterprise)
         wait_until(lambda: name in [one.name for one in client.servers(site)], 30)
         return server
@@ -201,30 +227,25 @@ class CloudWorld(Processes):
         vdsa = self.folder / "p" / "run" / "taps" / data_center / "h1" / f"{enterprise}.sock"
         return self._add(Server(self.folder, enterprise, name, data_center, vdsa, len(self.servers)))
 
-    def _add(self, server: Server) -> Server:
+    def _add(self, server: Server, copies: int = 1) -> Server:
         self.servers.append(server)
-        self.start_tap(server)
+        self.start_tap(server, copies)
         return server
 
-    def start_tap(self, server: Server) -> None:
+    def start_tap(self, server: Server, copies: int = 1) -> None:
         name = f"tap-{server.enterprise}-{server.name}"
         server.socket.unlink(missing_ok=True)
         self.start(
             name, "dr_cloud.cli.tap", "--server", server.name, "--disk", f"root={server.path}",
             "--socket", str(server.socket), "--vdsa", str(server.vdsa), "--state", f"{self.folder}/{name}.state",
+            "--copies", str(copies),
         )  # fmt: skip
         self.wait_ready(name)
 
-    def protect(self, server: Server, site: str, host: str = "h1", datastore: str = "ds-1") -> None:
-        settings = {
-            "name": server.name,
-            "source_site": server.site,
-            "servers": [{"name": server.name}],
-            "targets": [{"name": "east", "site": site, "host": host, "datastore": datastore}],
-            "checkpoint_seconds": CHECKPOINT_SECONDS,
-        }
+    def protect(self, server: Server, site: str, host: str = "h1", datastore: str = "ds-1", *more: str) -> None:
+        """Replicate it to a site; to each of `more` data centers as well."""
         client = self.client(server.enterprise)
-        self.done(server.enterprise, client.create_vpg(VpgSettings.model_validate(settings)))
+        self.done(server.enterprise, client.create_vpg(settings_of(server, site, host, datastore, *more)))
 
     # What came of it.
 
