@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.db import open_engine
@@ -20,11 +21,16 @@ from dr_cloud.model.errors import DrCloudError, TimeOutOfRangeError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, Disk, Write
 from dr_cloud.model.principal import Principal, Role
-from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, SiteConfig
+from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, RightsConfig, SiteConfig
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, SourceReport, TargetReport
+from dr_cloud.model.rights import Answer, Regulation
 from dr_cloud.model.task import CompletionCode, Task
 from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
+from dr_cloud.rights.embedded import EmbeddedEngine
+from dr_cloud.rights.engine import no_answer
+from dr_cloud.rights.regulation import POLICIES, REGULATION, load_regulation
+from dr_cloud.rights.service import RightsService
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.stack.stack import StackStatistics
@@ -37,6 +43,7 @@ GIB = 1 << 30
 CONFIG = ProviderConfig.model_validate(
     {
         "name": "provider",
+        "operators": "USA",
         "data_centers": [
             {
                 "name": "us-east",
@@ -61,6 +68,23 @@ CONFIG = ProviderConfig.model_validate(
     }
 )
 ENTERPRISES = ("acme", "brit")
+
+
+LAW = load_regulation(POLICIES / REGULATION)
+"""No border is open."""
+DATES = {"valid_from": "2026-01-01T00:00:00Z", "valid_until": "2099-01-01T00:00:00Z"}
+BRIDGE = {"kind": "adequacy", "from": "USA", "to": "UK", "reference": "UK-US bridge", **DATES}
+OPEN_LAW = Regulation.model_validate(LAW.model_dump(by_alias=True) | {"mechanisms": [BRIDGE]})
+"""From the USA data may go to the UK, as it is at first in these worlds."""
+
+
+def write_policies(folder: Path, regulation: Regulation) -> Path:
+    """Write the product's policies with another regulation; return the folder."""
+    folder.mkdir(parents=True)
+    for path in POLICIES.glob("*.rego"):
+        (folder / path.name).write_text(path.read_text())
+    (folder / REGULATION).write_text(regulation.model_dump_json(by_alias=True))
+    return folder
 
 
 class QuietFabric:
@@ -171,6 +195,27 @@ def _statistics(served: ServedStack) -> StackStatistics:
     return StackStatistics.model_validate({name: known.get(name, 7) for name in StackStatistics.model_fields})
 
 
+class MuteEngine(EmbeddedEngine):
+    """The embedded engine, which can be made to give no answer."""
+
+    mute = False
+
+    @property
+    def revision(self) -> str:
+        return "" if self.mute else super().revision
+
+    @property
+    def problem(self) -> str:  # type: ignore[override]
+        return "the engine does not answer" if self.mute else ""
+
+    @problem.setter
+    def problem(self, told: str) -> None:
+        pass
+
+    def answer(self, inputs: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        return [no_answer("the engine does not answer") for _ in inputs] if self.mute else super().answer(inputs)
+
+
 class Clock:
     """A clock that a test moves."""
 
@@ -200,6 +245,11 @@ class World:
         self.keyring = Keyring(folder / "keyring.json")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.authority = Authority.open(folder, "provider", self.clock)
+        policies = folder / "policies"
+        self.policies = policies if policies.exists() else write_policies(policies, OPEN_LAW)
+        self.config = CONFIG.model_copy(update={"rights": RightsConfig(policies=self.policies)})
+        self.engine = MuteEngine()
+        self.rights = RightsService(folder, self.engine, lambda: self.clock() / SECOND_NS)
         self.cloud = self.open()
         if start:
             self.cloud.start()
@@ -211,16 +261,18 @@ class World:
             self.fabric,
             authority=self.authority,
             keyring=self.keyring,
-            config=CONFIG,
+            config=self.config,
             store=self.store,
             work_dir=self.folder,
             api_url="https://127.0.0.1:8440",
             clock_ns=self.clock,
+            rights=self.rights,
             follow_seconds=follow_seconds,
         )
 
     def close(self) -> None:
         self.cloud.close()
+        self.rights.close()
 
     def restart(self) -> None:
         """Another manager takes the place of this one, on the same database."""

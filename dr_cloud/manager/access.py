@@ -1,7 +1,8 @@
-"""Who may do what: one table from roles to operations.
+"""Who may do what: one table from roles to operations, and one from operations to what the rights manager is asked.
 
 An operation's name is `noun.verb`. Whether the thing is the caller's at all is decided before (`tenancy`): another's
-thing is "not found", whatever the role; what the role does not allow is "forbidden".
+thing is "not found", whatever the role; what the role does not allow is "forbidden"; what policy does not allow is
+"denied" (R13), by where the caller sits as well.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Final
 
 from dr_cloud.model.errors import ForbiddenError, NotFoundError
 from dr_cloud.model.principal import Principal, Role
+from dr_cloud.model.rights import Action
 
 READ: Final = frozenset(
     {
@@ -24,6 +26,7 @@ READ: Final = frozenset(
         "task.read",
         "health.read",
         "event.read",
+        "rights.read",
     }
 )
 _OPERATE: Final = READ | {
@@ -42,6 +45,7 @@ _OPERATE: Final = READ | {
 }
 _ADMINISTER: Final = _OPERATE | {
     "audit.read",
+    "decision.read",
     "token.read",
     "token.create",
     "token.revoke",
@@ -54,13 +58,21 @@ _ADMINISTER: Final = _OPERATE | {
     "vpg.update",
     "vpg.remove",
 }
-_PROVIDER_OPERATE: Final = _OPERATE | {"site.pair", "vdsa.deploy", "vdsa.undeploy", "center.read"}
+_PROVIDER_OPERATE: Final = _OPERATE | {
+    "site.pair",
+    "vdsa.deploy",
+    "vdsa.undeploy",
+    "center.read",
+    "policy.read",
+}
 _PROVIDER_ADMINISTER: Final = _ADMINISTER | {
     "enterprise.register",
     "enterprise.update",
     "enterprise.remove",
     "center.read",
     "center.deploy",
+    "policy.read",
+    "policy.apply",
 }
 
 ALLOWED: Final[dict[Role, frozenset[str]]] = {
@@ -68,8 +80,40 @@ ALLOWED: Final[dict[Role, frozenset[str]]] = {
     Role.PROVIDER_OPERATOR: frozenset(_PROVIDER_OPERATE),
     Role.ENTERPRISE_ADMIN: frozenset(_ADMINISTER),
     Role.ENTERPRISE_OPERATOR: frozenset(_OPERATE),
-    Role.AUDITOR: READ | {"audit.read", "token.read"},
+    Role.AUDITOR: READ | {"audit.read", "decision.read", "policy.read", "token.read"},
 }
+
+ASKED: Final[dict[str, Action]] = {
+    "checkpoint.read": Action.READ,
+    "test.read": Action.READ,
+    "logs.collect": Action.LOGS,
+    "logs.read": Action.LOGS,
+    "test.start": Action.TEST,
+    "failover.start": Action.FAIL_OVER,
+} | dict.fromkeys(
+    (
+        "vpg.create",
+        "vpg.update",
+        "vpg.remove",
+        "vpg.pause",
+        "vpg.resume",
+        "vpg.sync",
+        "checkpoint.insert",
+        "failover.rollback",
+        "test.stop",
+        "test.discard",
+        "task.abort",
+        "site.update",
+        "site.pair",
+        "site.unpair",
+        "vdsa.deploy",
+        "vdsa.undeploy",
+    ),
+    Action.OPERATE,
+)
+"""What the rights manager is asked, with the place of the person, when an operation is on an enterprise's things.
+
+The others neither show an enterprise's data nor act on its protection: names, states, tokens, alerts."""
 
 OF_PROVIDER: Final = frozenset({Role.PROVIDER_ADMIN, Role.PROVIDER_OPERATOR})
 OF_ENTERPRISE: Final = frozenset({Role.ENTERPRISE_ADMIN, Role.ENTERPRISE_OPERATOR})

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
-from dr_cloud.manager.operations import decode_cursor, encode_cursor, missing
+from dr_cloud.manager.dispatch import Way
+from dr_cloud.manager.operations import missing
 from dr_cloud.manager.orders import replicates
+from dr_cloud.manager.paging import decode_cursor, encode_cursor
 from dr_cloud.manager.protect import only_target
 from dr_cloud.manager.watch import Watch
 from dr_cloud.model.cloud import (
@@ -49,7 +51,9 @@ class Checkpoints(Watch):
         with self._read(who, "checkpoint.read", enterprise) as session:
             row = _row(session, enterprise, vpg)
             chosen = only_target(row, target)
-            route = self._route(session, chosen)
+            way = self._way(session, row, chosen)
+        self._permit_reading(who, vpg, [chosen])
+        (route,) = self._granted([way])
         before = decode_cursor(page.cursor, [int])[0] if page.cursor is not None else None
         found = []
         for checkpoint in reversed(self._context.fabric.checkpoints(route)):
@@ -75,7 +79,10 @@ class Checkpoints(Watch):
         """List when was written, as the journal at one target tells it, oldest first."""
         with self._read(who, "checkpoint.read", enterprise) as session:
             row = _row(session, enterprise, vpg)
-            route = self._route(session, only_target(row, target))
+            chosen = only_target(row, target)
+            way = self._way(session, row, chosen)
+        self._permit_reading(who, vpg, [chosen])
+        (route,) = self._granted([way])
         if page.cursor is not None:
             since_ns = max(since_ns, decode_cursor(page.cursor, [int])[0] + 1)
         found = self._context.fabric.writes(route, since_ns, until_ns, page.limit + 1)
@@ -91,7 +98,7 @@ class Checkpoints(Watch):
             row = _row(change.session, enterprise, vpg)
             if row.paused or not replicates(row):
                 raise ConflictError(f"{vpg} does not replicate now", "Resume it, or look at its status.")
-            routes = {target.name: self._route(change.session, target) for target in row.targets}
+            ways = {target.name: self._way(change.session, row, target) for target in row.targets}
             asked = tables.InsertedCheckpoint(
                 enterprise=enterprise,
                 id=uuid.uuid4().hex,
@@ -99,19 +106,20 @@ class Checkpoints(Watch):
                 tag=order.tag,
                 description=order.description,
                 inserted_ns=change.now_ns,
-                requests=dict.fromkeys(routes, ""),
+                requests=dict.fromkeys(ways, ""),
                 arrived={},
             )
             change.session.add(asked)
             change.event("checkpoint", vpg, tag=order.tag, id=asked.id, arrived=False)
             answer = change.done(_inserted(asked))
-        self._ask(answer, routes)
+        self._ask(answer, ways)
         return answer
 
-    def _ask(self, asked: InsertedCheckpoint, routes: Mapping[str, Route]) -> None:
+    def _ask(self, asked: InsertedCheckpoint, ways: Mapping[str, Way]) -> None:
         requests, problems = {}, []
-        for target, route in routes.items():
+        for target, way in ways.items():
             try:
+                (route,) = self._granted([way])
                 requests[target] = self._context.fabric.insert_checkpoint(route, asked.tag, asked.description)
             except DrCloudError as error:
                 problems.append(f"{target}: {error}")
@@ -131,16 +139,19 @@ class Checkpoints(Watch):
             if asked is None or asked.vpg != vpg:
                 raise missing("inserted checkpoint", id)
             row = _row(session, enterprise, vpg)
-            routes = {
-                target.name: self._route(session, target)
-                for target in row.targets
-                if asked.requests.get(target.name) and target.name not in asked.arrived
+            targets = {target.name: target for target in row.targets}
+            ways = {
+                name: self._way(session, row, target)
+                for name, target in targets.items()
+                if asked.requests.get(name) and name not in asked.arrived
             }
         found = {}
-        for target, route in routes.items():
-            arrived = self._arrived(route, asked.requests[target], asked.inserted_ns)
+        for target, way in ways.items():
+            arrived = self._arrived(self._granted([way])[0], asked.requests[target], asked.inserted_ns)
             if arrived is not None:
                 found[target] = checkpoint_view(target, arrived).model_dump()
+        # What has not arrived tells nothing of anybody's data.
+        self._permit_reading(who, vpg, [targets[name] for name in {*asked.arrived, *found} if name in targets])
         if not found:
             return _inserted(asked)
         with self._database.write(enterprise) as session:

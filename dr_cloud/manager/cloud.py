@@ -9,9 +9,10 @@ Purpose
 Layout
     `tables` and `db` the schema · `tenancy` the one place that every query passes · `access` who may do what ·
     `operations` what all share (audit, idempotency, paging) · `enterprises`, `pairing`, `sites`, `vpgs`, `checkpoints`,
-    `recovery`, `reports` the operations · `watch` reports that come in, `dispatch` and `publish` orders that go out ·
-    `protect`, `placement`, `orders`, `health` pure decisions · `tasks`, `registry`, `monitor` what runs by itself ·
-    `fabric` the world outside.
+    `recovery`, `rights`, `reports` the operations · `watch` reports that come in, `dispatch` and `publish` orders that
+    go out · `protect`, `placement`, `orders`, `questions`, `health` pure decisions · `desk` where the rights manager is
+    asked, `record` what it answered, `policies` what it decides by · `tasks`, `registry`, `monitor`, `standing` what
+    runs by itself · `fabric` the world outside.
 
 Consistency
     A change and its audit row are one transaction. Orders are computed from rows when they are asked for, so nobody is
@@ -36,20 +37,24 @@ from sqlalchemy import Engine, select
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.db import migrate
+from dr_cloud.manager.desk import Desk
 from dr_cloud.manager.enterprises import Enterprises
 from dr_cloud.manager.events import Events
 from dr_cloud.manager.fabric import Fabric
 from dr_cloud.manager.monitor import Monitor
 from dr_cloud.manager.operations import Clock, Context
+from dr_cloud.manager.policies import Policies
 from dr_cloud.manager.publish import Publisher
 from dr_cloud.manager.recovery import Recovery
 from dr_cloud.manager.registry import Registry
 from dr_cloud.manager.reports import Reports
 from dr_cloud.manager.sites import Sites
+from dr_cloud.manager.standing import StandingRights
 from dr_cloud.manager.tasks import Tasks
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database
 from dr_cloud.model.principal import Principal, Role
 from dr_cloud.model.provider import ProviderConfig
+from dr_cloud.rights.rights import Rights
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.store.store import Store
@@ -74,6 +79,7 @@ class Cloud(Enterprises, Sites, Recovery, Reports):
         work_dir: Path,
         api_url: str,
         clock_ns: Clock,
+        rights: Rights,
         answers_for: Callable[[str], bool] = lambda enterprise: True,
         follow_seconds: float = FOLLOW_SECONDS,
     ) -> None:
@@ -89,6 +95,7 @@ class Cloud(Enterprises, Sites, Recovery, Reports):
             work_dir: A folder for archives of logs.
             api_url: `https://host:port` of the API, as sites reach it: for pairing tokens.
             clock_ns: The time.
+            rights: The rights manager; it is told policies and facts, and asked at every point.
             answers_for: Whether this process runs the tasks, alerts and registry of an enterprise (the empty string:
                 of the provider itself). Exactly one process must answer for each.
             follow_seconds: How long a task waits until sites follow their orders.
@@ -111,6 +118,8 @@ class Cloud(Enterprises, Sites, Recovery, Reports):
             events=events,
             registry=registry,
             publisher=Publisher(database, fabric),
+            desk=Desk(rights, clock_ns),
+            policies=Policies(database, config, rights, clock_ns),
             follow_seconds=follow_seconds,
         )
         super().__init__(context)
@@ -121,18 +130,28 @@ class Cloud(Enterprises, Sites, Recovery, Reports):
         self._register_recovery_tasks()
         self._register_log_tasks()
         self.monitor = Monitor(context, answers_for)
+        self.standing = StandingRights(context, answers_for)
 
     def start(self) -> None:
-        """Begin: tasks go on, everyone fetches orders, the registry is written, alerts are judged."""
+        """Begin: the rights manager is told all, tasks go on, everyone fetches orders, what stands is judged.
+
+        Without the rights manager it begins too, and allows nothing new; it is told all when it comes back.
+
+        Raises:
+            InvalidError: The configured policies cannot be used; nothing runs yet.
+        """
         if self._answers_for(PROVIDER):
             self._note_center_hosts()
+            self._context.policies.begin()
         self._context.publisher.publish_all(self._answers_for)
         self._context.tasks.start()
         self._context.registry.start()
         self.monitor.start()
+        self.standing.start()
 
     def close(self) -> None:
         """End what runs by itself, after the step it is at."""
+        self.standing.close()
         self.monitor.close()
         self._context.tasks.close()
         self._context.registry.close()

@@ -17,7 +17,8 @@ from sqlalchemy import delete, select, update
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.access import OF_ENTERPRISE, OF_PROVIDER, no_enterprise
-from dr_cloud.manager.operations import Operations, missing, paged
+from dr_cloud.manager.operations import Operations, missing
+from dr_cloud.manager.paging import paged
 from dr_cloud.manager.registry import RESERVED_NAMES
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER
 from dr_cloud.model.cloud import Enterprise, EnterpriseUpdate, NewToken, Page, PageRequest, Token, TokenRequest
@@ -65,7 +66,9 @@ class Enterprises(Operations):
             change.enterprise = config.name
             change.registry = True
             change.event("site", config.name, registered=True)
-            change.after.append(lambda: self._start_connector(config.name))
+            if change.session.get(tables.DecisionHead, config.name) is None:  # one that was removed has left its own
+                change.session.add(tables.DecisionHead(enterprise=config.name, number=0, hash=""))
+            change.after += [self._context.policies.tell_facts, lambda: self._start_connector(config.name)]
             answer = change.done(_enterprise(row, sorted(site.name for site in config.sites)))
         return answer.model_copy(update={"link": self._link(config.name)})
 
@@ -97,6 +100,7 @@ class Enterprises(Operations):
             for name, value in update.model_dump(exclude_none=True).items():
                 setattr(row, name, value)
             change.registry = True
+            change.after.append(self._context.policies.tell_facts)
             sites = list(change.session.scalars(select(tables.Site.name).order_by(tables.Site.name)))
             return change.done(_enterprise(row, sites))
 
@@ -115,7 +119,10 @@ class Enterprises(Operations):
                 session.execute(delete(kind))
             session.delete(session.get_one(tables.Enterprise, enterprise))
             change.registry = True
-            change.after.append(lambda: self._context.fabric.stop_connector(enterprise))
+            change.after += [
+                self._context.policies.tell_facts,
+                lambda: self._context.fabric.stop_connector(enterprise),
+            ]
 
     def connector_started(self, enterprise: str, link: str) -> None:
         """Note where an enterprise's sites dial: its connector has started (again)."""

@@ -9,6 +9,7 @@ An alert is raised at one limit and cleared at a lower one, so that a value at t
     replication       raised by a problem that the source or target tells, cleared without
     link              raised when a paired site does not report, cleared when it does
     vdsa              raised when a host that should have a VDSA has none, cleared when it has
+    rights            raised when policy has stopped something, or the rights manager is not well; cleared when not
 
 The forecast of history: what a journal holds now, and what its datastore's free space gives at the present rate of all
 journals in it, up to what was promised. Without a bound, or before a journal has a rate, there is none.
@@ -135,6 +136,18 @@ def judge_link(subject: str, paired: bool, last_seen_ns: int | None, now_ns: int
 def judge_vdsa(subject: str, wanted: bool, up: bool, problem: str) -> Judgement:
     """Judge the VDSA of one host."""
     return Judgement("vdsa", subject, wanted and not up, problem or "the VDSA is not up", "Look at the host.")
+
+
+def judge_denied(subject: str, denied: str) -> Judgement:
+    """Judge what policy may have stopped."""
+    remedy = "It goes on by itself when it is allowed again; see: dr-cloud rights explain"
+    return Judgement("rights", subject, bool(denied), f"policy denies it: {denied}", remedy)
+
+
+def judge_rights(problem: str) -> Judgement:
+    """Judge the rights manager itself."""
+    remedy = "What stands goes on for a while, nothing new is allowed: look at the engine and its log."
+    return Judgement("rights", "rights", bool(problem), problem, remedy)
 
 
 def forecast(

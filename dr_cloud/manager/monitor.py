@@ -23,7 +23,9 @@ from dr_cloud.manager.health import (
     TargetFacts,
     forecast,
     history_seconds,
+    judge_denied,
     judge_link,
+    judge_rights,
     judge_target,
     judge_vdsa,
     lag_now,
@@ -130,6 +132,7 @@ class Monitor:
             target.forecast_seconds,
             target.problem,
             target.target_problem,
+            target.denied,
             vpg.status,
             vpg.paused,
             vpg.created_ns,
@@ -147,12 +150,15 @@ class Monitor:
                 standing_here = frozenset(raised.get((row.enterprise, subject), ()))
                 for judgement in judge_target(_facts(row, subject, now_ns), standing_here):
                     yield row.enterprise, judgement
+                yield row.enterprise, judge_denied(subject, row.denied)
         connected = set()
         for site in filter(lambda row: self._answers_for(row.enterprise), sites):
             if site.connected:
                 connected.add((site.enterprise, site.name))
             seen_ns = now_ns if site.connected else site.last_seen_ns
-            yield site.enterprise, judge_link(f"site/{site.name}", bool(site.certificate), seen_ns, now_ns)
+            let_in = bool(site.certificate) and not site.denied
+            yield site.enterprise, judge_link(f"site/{site.name}", let_in, seen_ns, now_ns)
+            yield site.enterprise, judge_denied(f"site/{site.name}", site.denied)
         for host in hosts:
             # Of a site that is away nothing is known but that.
             if (host.enterprise, host.site) in connected:
@@ -161,6 +167,9 @@ class Monitor:
         for center in center_hosts if self._answers_for(PROVIDER) else ():
             up = center.last_seen_ns is None or now_ns - center.last_seen_ns < STALE_NS
             yield PROVIDER, judge_vdsa(f"host/{center.data_center}/{center.name}", center.wanted, up, center.problem)
+        if self._answers_for(PROVIDER):
+            state = self._context.desk.state()
+            yield PROVIDER, judge_rights(state.problem if state is not None else "the rights manager does not answer")
 
     def _raise(self, key: _Key, judgement: Judgement, now_ns: int) -> None:
         enterprise, kind, subject = key
@@ -280,7 +289,7 @@ class Monitor:
 def _facts(row: Any, subject: str, now_ns: int) -> TargetFacts:
     return TargetFacts(
         subject=subject,
-        replicating=not row.paused and VpgStatus(row.status) not in AT_REST,
+        replicating=not row.paused and not row.denied and VpgStatus(row.status) not in AT_REST,
         interval_seconds=row.interval_seconds,
         promised_seconds=promised_seconds(row.history_hours),
         age_seconds=(now_ns - row.created_ns) / SECOND_NS,

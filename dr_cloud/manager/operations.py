@@ -5,47 +5,65 @@ whether the enterprise is its own, then its role), and the row of the audit log 
 transaction, so there is no change without it. A call that is denied or refused changes nothing and is recorded too.
 What is to happen outside (a site is to be told, a task is to begin) happens after the commit.
 
+Rights: `Change.decide` asks the rights manager; a yes is written in the change's own transaction (`record`), a no rolls
+it back and is written in another. An engine may take seconds, and no transaction may wait for it: an operation that is
+`decided` is rolled back when it comes to a question, the question is asked, and the operation begins again with the
+answer. Reading is decided by `_permit`, whose record is committed before anything is read.
+
 Idempotency: `once` carries a key to the change that is made inside of it; the answer is stored in that change's
 transaction. Two calls with one key at the same time meet at the row's key: one of them is rolled back.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
+import functools
 import itertools
-import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import structlog
 from pydantic import BaseModel
-from sqlalchemy import ColumnElement, Select, select, tuple_
-from sqlalchemy.exc import DataError, IntegrityError
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import select
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
-from dr_cloud.manager.access import check_owner, check_role, no_enterprise
+from dr_cloud.manager.access import ASKED, check_owner, check_role, no_enterprise
+from dr_cloud.manager.desk import Desk
 from dr_cloud.manager.events import Events
 from dr_cloud.manager.fabric import Fabric
+from dr_cloud.manager.policies import Policies
 from dr_cloud.manager.publish import Publisher
+from dr_cloud.manager.questions import by_person, elsewhere
+from dr_cloud.manager.record import Entry, append
 from dr_cloud.manager.registry import Registry
 from dr_cloud.manager.tasks import Tasks, new_task
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database
-from dr_cloud.model.cloud import Page, PageRequest
-from dr_cloud.model.errors import ConflictError, DrCloudError, ForbiddenError, InvalidError, NotFoundError
+from dr_cloud.model.decision import Point
+from dr_cloud.model.errors import (
+    ConflictError,
+    DeniedError,
+    DrCloudError,
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
 from dr_cloud.model.principal import Principal
 from dr_cloud.model.provider import ProviderConfig
+from dr_cloud.model.rights import Action, Answer, Question
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.keyring import Keyring
 
 M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R")
+P = ParamSpec("P")
+S = TypeVar("S", bound="Operations")
 log = structlog.get_logger(__name__)
 
 
@@ -69,6 +87,8 @@ class Context:
     events: Events
     registry: Registry
     publisher: Publisher
+    desk: Desk
+    policies: Policies
     follow_seconds: float
     """How long a task waits until sites follow their orders."""
 
@@ -83,6 +103,39 @@ class _Once:
 _audited = itertools.count(1)
 """Orders audit rows of one moment, in one process."""
 _once: ContextVar[_Once | None] = ContextVar("once", default=None)
+_known: ContextVar[dict[str, Answer] | None] = ContextVar("known", default=None)
+"""What has been answered in the operation under way."""
+_ATTEMPTS_MAX: Final = 8
+
+
+class _UnaskedError(Exception):
+    """The operation has come to questions that have not been asked yet."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        super().__init__()
+        self.questions = questions
+
+
+def decided(operation: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Have what an operation asks the rights manager asked while it holds no transaction."""
+
+    @functools.wraps(operation)
+    def run(self: S, /, *arguments: P.args, **named: P.kwargs) -> R:
+        known: dict[str, Answer] = {}
+        reset = _known.set(known)
+        try:
+            for _ in range(_ATTEMPTS_MAX):
+                try:
+                    return operation(self, *arguments, **named)
+                except _UnaskedError as unasked:
+                    answers = self._context.desk.ask(unasked.questions)
+                    for question, answer in zip(unasked.questions, answers, strict=True):
+                        known[question.model_dump_json()] = answer
+            raise ConflictError("what this is about changes all the time", "Try again.")
+        finally:
+            _known.reset(reset)
+
+    return run
 
 
 @dataclass
@@ -100,6 +153,24 @@ class Change:
     """What is to be done once it is committed."""
     events: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     answer: BaseModel | None = None
+    decisions: list[Entry] = field(default_factory=list)
+    """Every yes that it rests on."""
+    refused: list[Entry] = field(default_factory=list)
+
+    def decide(self, point: Point, subject: str, questions: Sequence[Question]) -> list[Answer]:
+        """Go on only if all of these are a yes. Raises `DeniedError`. Only in an operation that is `decided`."""
+        known = _known.get()
+        assert known is not None, "an operation that asks in its transaction is not @decided"
+        found = [known.get(question.model_dump_json()) for question in questions]
+        if unasked := [question for question, answer in zip(questions, found, strict=True) if answer is None]:
+            raise _UnaskedError(unasked)
+        answers = [answer for answer in found if answer is not None]
+        entries = [Entry(point, subject, q, a) for q, a in zip(questions, answers, strict=True)]
+        self.refused = [entry for entry in entries if not entry.answer.allow]
+        if self.refused:
+            raise denied(self.refused)
+        self.decisions += entries
+        return answers
 
     def done(self, answer: M) -> M:
         """Note the call's answer, and return it."""
@@ -149,12 +220,16 @@ class Operations:
         """Give the session of a change to things of `enterprise` (the empty string: to the provider's own)."""
         now_ns = self._context.clock_ns()
         change: Change | None = None
+        acting: list[Entry] = []
         try:
             if enterprise != PROVIDER:
                 check_owner(who, enterprise)
             elif who.enterprise is not None:
                 raise ForbiddenError("this is the provider's own", "Ask the provider, or name your enterprise.")
             check_role(who, operation)
+            acting = self._acting(who, operation, enterprise, subject)
+            if any(not entry.answer.allow for entry in acting):
+                raise denied(acting)
             bound = enterprise if enterprise != PROVIDER else EVERYONE
             with self._database.write(bound) as session:
                 if enterprise != PROVIDER:
@@ -162,6 +237,7 @@ class Operations:
                 change = Change(session, who, enterprise, now_ns, subject)
                 yield change
                 session.add(_audit(change.who, operation, change.enterprise, change.subject, now_ns, "done", ""))
+                append(session, change.enterprise, acting + change.decisions, now_ns)
                 self._remember(change)
                 if change.registry:
                     self._context.registry.touch(session, change.enterprise)
@@ -174,7 +250,11 @@ class Operations:
             raise refusal from error
         except DrCloudError as error:
             outcome = "denied" if isinstance(error, ForbiddenError) else "refused"
-            self._record(who, operation, enterprise, subject, now_ns, outcome, str(error))
+            refused: list[Entry] = []
+            if isinstance(error, DeniedError):
+                refused = change.refused if change is not None else acting
+                self._say_where(error, refused)
+            self._record(who, operation, enterprise, subject, now_ns, outcome, str(error), refused)
             raise
         self._context.events.emit(change.enterprise, now_ns, change.events)
         for act in change.after:
@@ -186,7 +266,15 @@ class Operations:
         self._context.tasks.wake()
 
     def _record(
-        self, who: Principal, operation: str, enterprise: str, subject: str, now_ns: int, outcome: str, reason: str
+        self,
+        who: Principal,
+        operation: str,
+        enterprise: str,
+        subject: str,
+        now_ns: int,
+        outcome: str,
+        reason: str,
+        refused: Sequence[Entry] = (),
     ) -> None:
         """Write the audit row of a call that changed nothing. It is the caller's own where the thing is not."""
         owner = enterprise if who.enterprise is None else who.enterprise
@@ -194,6 +282,63 @@ class Operations:
             if owner != PROVIDER and session.get(tables.Enterprise, owner) is None:
                 owner = PROVIDER
             session.add(_audit(who, operation, owner, subject, now_ns, outcome, reason[:4096]))
+            append(session, enterprise, refused, now_ns)
+
+    # Rights.
+
+    def _acting(self, who: Principal, operation: str, enterprise: str, subject: str) -> list[Entry]:
+        """Ask whether the caller may act on an enterprise at all, from where it sits."""
+        action = ASKED.get(operation)
+        if enterprise == PROVIDER or who.place is None or action not in (Action.OPERATE, Action.LOGS):
+            return []
+        with self._database.read(enterprise) as session:
+            _enterprise_row(session, enterprise)
+        question = by_person(who, action, enterprise)
+        known = _known.get()
+        answer = known.get(question.model_dump_json()) if known is not None else None
+        if answer is None:
+            (answer,) = self._context.desk.ask([question])
+            if known is not None:
+                known[question.model_dump_json()] = answer
+        return [Entry("logs" if action is Action.LOGS else "operator", subject, question, answer)]
+
+    def _permit(self, enterprise: str, point: Point, subject: str, questions: Sequence[Question]) -> list[Answer]:
+        """Ask, and write what was answered, before anything is told. Raises `DeniedError`; `UnavailableError`."""
+        return self._record_decisions(enterprise, point, subject, questions, self._context.desk.ask(questions))
+
+    def _record_decisions(
+        self, enterprise: str, point: Point, subject: str, questions: Sequence[Question], answers: Sequence[Answer]
+    ) -> list[Answer]:
+        entries = [Entry(point, subject, q, a) for q, a in zip(questions, answers, strict=True)]
+        refused = [entry for entry in entries if not entry.answer.allow]
+        try:
+            with self._database.write(enterprise) as session:
+                append(session, enterprise, refused or entries, self._context.clock_ns())
+        except SQLAlchemyError as error:
+            log.error("record.unwritten", enterprise=enterprise, point=point, error=str(error))
+            raise UnavailableError("the decision cannot be recorded, so it is a no", "Try again.") from error
+        if refused:
+            error_ = denied(refused)
+            self._say_where(error_, refused)
+            raise error_
+        return list(answers)
+
+    def _say_where(self, error: DeniedError, refused: Sequence[Entry]) -> None:
+        """Add to a denial about a data center, to which others the same might be done."""
+        question = next((e.question for e in refused if e.question is not None and e.question.place is not None), None)
+        if question is None or question.action is Action.READ:
+            return
+        offers = elsewhere(question, self._context.config.data_centers)
+        asked = [question for choices in offers.values() for choice in choices for question in choice]
+        answers = iter(self._context.desk.ask(asked))
+        for name, choices in offers.items():
+            if any([all([next(answers).allow for _ in choice]) for choice in choices]):
+                error.open.append(name)
+        error.remedy = (
+            f"Open to {question.enterprise}: {', '.join(sorted(error.open))}."
+            if error.open
+            else "No data center is open for it."
+        )
 
     def _remember(self, change: Change) -> None:
         once = _once.get()
@@ -281,51 +426,17 @@ def _audit(
     )
 
 
+def denied(refused: Sequence[Entry]) -> DeniedError:
+    """Return the error for decisions that are a no."""
+    reasons = list(dict.fromkeys(reason for entry in refused for reason in entry.answer.reasons))
+    return DeniedError(
+        f"policy denies it: {'; '.join(reasons)}",
+        "See which data centers are open: dr-cloud rights explain",
+        reasons,
+        refused[0].answer.revision,
+    )
+
+
 def missing(what: str, name: str) -> NotFoundError:
     """Return the error for a thing that is not there, or not the caller's."""
     return NotFoundError(f"there is no {what} {name!r}", "Check the name; list what there is.")
-
-
-def encode_cursor(values: Sequence[Any]) -> str:
-    """Return the cursor after an entry with these keys."""
-    return base64.urlsafe_b64encode(json.dumps(values).encode()).decode().rstrip("=")
-
-
-def decode_cursor(text: str, types: Sequence[type]) -> list[Any]:
-    """Return the keys in a cursor. Raises `InvalidError`."""
-    try:
-        values = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-        if not isinstance(values, list) or [type(value) for value in values] != list(types):
-            raise ValueError
-        if any(isinstance(value, int) and not -(1 << 63) <= value < 1 << 63 for value in values):
-            raise ValueError
-        if any(isinstance(value, str) and "\0" in value.encode().decode() for value in values):
-            raise ValueError  # encode() refuses half a surrogate pair
-    except (ValueError, binascii.Error, RecursionError):
-        raise InvalidError("the cursor is none of this list", "Begin again without one.") from None
-    return values
-
-
-def paged(
-    session: Session,
-    wanted: Select[R],
-    keys: Sequence[InstrumentedAttribute[Any]],
-    page: PageRequest,
-    view: Callable[[R], M],
-    *,
-    newest_first: bool = False,
-) -> Page[M]:
-    """Return one page of `wanted`, ordered by `keys`, each row turned into its view."""
-    types = [key.type.python_type for key in keys]
-    if page.cursor is not None:
-        after = tuple_(*decode_cursor(page.cursor, types))
-        here: ColumnElement[Any] = tuple_(*keys)
-        wanted = wanted.where(here < after if newest_first else here > after)
-    order = [key.desc() if newest_first else key.asc() for key in keys]
-    rows = session.scalars(wanted.order_by(*order).limit(page.limit + 1)).all()
-    more = len(rows) > page.limit
-    last = rows[page.limit - 1] if more else None
-    return Page(
-        items=[view(row) for row in rows[: page.limit]],
-        next_cursor=encode_cursor([getattr(last, key.key) for key in keys]) if last is not None else None,
-    )

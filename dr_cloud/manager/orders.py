@@ -1,7 +1,8 @@
 """From the rows of VPGs to the orders of those who replicate them. Pure: rows in, records out.
 
 A VPG is replicated while its servers are protected; one that is being removed, or whose servers run at the target for
-good, is in nobody's orders. A paused one stays in them, with the reason, so that its taps go on by bitmap.
+good, is in nobody's orders. A paused one stays in them, with the reason, so that its taps go on by bitmap. A target
+that policy has stopped is paused for its source, and its target has no orders: whoever served it lets go.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def source_orders(vpg: tables.Vpg) -> list[SourceOrders]:
             checkpoint_seconds=settings.checkpoint_seconds,
             order=settings.order,
             throttle=Throttle(bytes_per_second=settings.throttle_bytes_per_second),
-            paused=vpg.paused,
+            paused=vpg.paused or (f"policy denies it: {target.denied}" if target.denied else ""),
             sync_number=target.sync_number,
         )
         for target in vpg.targets
@@ -55,5 +56,5 @@ def target_orders(
     return [
         TargetOrders(scope=Scope(vpg.enterprise, vpg.name, target.name), store=store)
         for target in targets
-        if (store := store_of(target)) is not None
+        if not target.denied and (store := store_of(target)) is not None
     ]

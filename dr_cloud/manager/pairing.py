@@ -135,9 +135,13 @@ class Pairings(Operations):
         return Renewal(certificate=issued.certificate, serial=issued.serial)
 
     def certificate_ok(self, serial: str) -> bool:
-        """Return whether a site's certificate is one that was given and not revoked."""
+        """Return whether a site's certificate is one that was given and not revoked, and policy lets the site in."""
         with self._database.read(EVERYONE) as session:
-            return self._valid(session, serial)
+            found = session.scalars(select(tables.Certificate).where(tables.Certificate.serial == serial)).first()
+            if found is None or found.revoked_ns is not None:
+                return False
+            site = session.get(tables.Site, (found.enterprise, found.site))
+            return site is not None and not site.denied
 
     def check_certificate(self, enterprise: str, site: str, serial: str) -> None:
         """Raise `ForbiddenError` unless `serial` is a certificate that this site holds."""

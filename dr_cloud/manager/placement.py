@@ -26,8 +26,8 @@ class Load:
     """By datastore."""
 
 
-def shown(center: DataCenterConfig, *, to_provider: bool) -> DataCenter:
-    """Return the data center as far as the caller may see it."""
+def shown(center: DataCenterConfig, *, to_provider: bool, denied: str = "") -> DataCenter:
+    """Return the data center as far as the caller may see it; `denied`: why it is closed to the caller."""
     clustered = {host for cluster in center.clusters for host in cluster.hosts}
     pooled = {store for pool in center.pools for store in pool.datastores}
     hosts = [Place(name=host.name, kind="host") for host in center.hosts if to_provider or host.name not in clustered]
@@ -48,6 +48,7 @@ def shown(center: DataCenterConfig, *, to_provider: bool) -> DataCenter:
         contact=center.contact,
         hosts=hosts,
         datastores=stores,
+        denied=denied,
     )
 
 

@@ -31,28 +31,18 @@ Chooser = Callable[[TargetConfig], tuple[str, str]]
 
 def check_settings(session: Session, config: ProviderConfig, enterprise: str, settings: VpgSettings) -> None:
     """Raise `DrCloudError` if these settings can be no VPG's of `enterprise`."""
-    _jurisdiction(session, config, enterprise, settings.source_site)
+    _check_place(session, config, enterprise, settings.source_site)
     for target in settings.targets:
-        jurisdiction = _jurisdiction(session, config, enterprise, target.site)
+        _check_place(session, config, enterprise, target.site)
         if target.site == settings.source_site:
             raise InvalidError(f"target {target.name} is at the source itself", "Choose another site.")
-        if settings.territory and jurisdiction not in settings.territory:
-            raise InvalidError(
-                f"target {target.name}: {target.site} lies in {jurisdiction}, which is not in the VPG's territory",
-                f"Choose a data center in {' or '.join(settings.territory)}.",
-            )
         if config.data_center(target.site) is None:
             _check_site_place(session, enterprise, target)
 
 
-def _jurisdiction(session: Session, config: ProviderConfig, enterprise: str, site: str) -> str:
-    center = config.data_center(site)
-    if center is not None:
-        return center.jurisdiction
-    row = session.get(tables.Site, (enterprise, site))
-    if row is None:
+def _check_place(session: Session, config: ProviderConfig, enterprise: str, site: str) -> None:
+    if config.data_center(site) is None and session.get(tables.Site, (enterprise, site)) is None:
         raise NotFoundError(f"there is no site or data center {site!r}", "Check the name; list what there is.")
-    return row.jurisdiction
 
 
 def _check_site_place(session: Session, enterprise: str, target: TargetConfig) -> None:

@@ -9,7 +9,7 @@ yet).
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, select
@@ -18,14 +18,17 @@ from sqlalchemy.orm import Session
 from dr_cloud.manager import tables
 from dr_cloud.manager.checkpoints import Checkpoints
 from dr_cloud.manager.fabric import ServedStack
-from dr_cloud.manager.operations import Change, missing, paged
+from dr_cloud.manager.operations import Change, decided, missing
+from dr_cloud.manager.paging import paged
 from dr_cloud.manager.protect import only_target
+from dr_cloud.manager.questions import about_target, by_person, operator_of, place_of_target, subject_of
 from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, view
 from dr_cloud.manager.vpgs import Vpgs, judge
 from dr_cloud.model.cloud import FailoverRequest, Page, PageRequest, RecoveryTest, Route, StopTest, TestsRequest
-from dr_cloud.model.errors import ConflictError, DrCloudError, InvalidError
+from dr_cloud.model.errors import ConflictError, DeniedError, DrCloudError, InvalidError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.principal import Principal
+from dr_cloud.model.rights import Action, Question
 from dr_cloud.model.task import Task
 from dr_cloud.model.units import SECOND_NS, format_time
 from dr_cloud.model.vpg import VpgEvent, VpgStatus, next_status
@@ -37,12 +40,15 @@ OPEN = ("opening", "running", "closing")
 class Recovery(Vpgs, Checkpoints):
     """Operations on recovery tests and failovers."""
 
+    @decided
     def start_tests(self, who: Principal, enterprise: str, vpg: str, request: TestsRequest) -> Task:
         """Start a test at each time, all in parallel."""
         with self._change(who, "test.start", enterprise, f"vpg {vpg}") as change:
             row = self._row(change.session, enterprise, vpg)
             target = self._servable(row, request.target)
             row.status = next_status(VpgStatus(row.status), VpgEvent.TEST_STARTED).value
+            asked = about_target(row, target, [Action.TEST], operator_of(who))
+            change.decide("stack", subject_of((enterprise, vpg, target.name)), asked)
             inputs = request.model_dump(mode="json") | {"target": target.name}
             task = change.task("test.start", inputs, vpg=vpg, site=target.site)
             tests = [
@@ -53,6 +59,7 @@ class Recovery(Vpgs, Checkpoints):
             change.registry = True
             return change.done(view(task))
 
+    @decided
     def failover(self, who: Principal, enterprise: str, vpg: str, request: FailoverRequest) -> Task:
         """Serve the VPG's disks, writable, as they were at a checkpoint, at a time, or at the latest."""
         if request.checkpoint is not None and request.at_ns is not None:
@@ -62,6 +69,8 @@ class Recovery(Vpgs, Checkpoints):
             self._one_at_a_time(change.session, row)
             target = self._servable(row, request.target)
             row.status = next_status(VpgStatus(row.status), VpgEvent.FAILOVER_STARTED).value
+            asked = about_target(row, target, [Action.FAIL_OVER], operator_of(who))
+            change.decide("failover", subject_of((enterprise, vpg, target.name)), asked)
             inputs = request.model_dump(mode="json") | {"target": target.name}
             task = change.task("failover.start", inputs, vpg=vpg, site=target.site)
             test = _new_test(change, vpg, target.name, "failover", task.id, request.at_ns or 0, "", None)
@@ -123,7 +132,9 @@ class Recovery(Vpgs, Checkpoints):
                 wanted = wanted.where(table.vpg == vpg)
             now_ns = self._context.clock_ns()
             keys = [table.started_ns, table.id]
-            return paged(session, wanted, keys, page, lambda row: test_view(row, now_ns), newest_first=True)
+            found = paged(session, wanted, keys, page, lambda row: test_view(row, now_ns), newest_first=True)
+            reading = self._reading(session, who, found.items)
+        return found.model_copy(update={"items": self._readable(enterprise, found.items, reading)})
 
     def test(self, who: Principal, enterprise: str, test: str) -> RecoveryTest:
         """Return one test (FailoverTestInfo), with its counters as they are now."""
@@ -131,7 +142,9 @@ class Recovery(Vpgs, Checkpoints):
             row = session.get(tables.RecoveryTest, (enterprise, test))
             if row is None:
                 raise missing("test", test)
-        found = test_view(row, self._context.clock_ns())
+            shown = [test_view(row, self._context.clock_ns())]
+            reading = self._reading(session, who, shown)
+        (found,) = self._readable(enterprise, shown, reading)
         if row.status != "running":
             return found
         try:
@@ -139,6 +152,30 @@ class Recovery(Vpgs, Checkpoints):
         except DrCloudError as error:
             return found.model_copy(update={"problem": str(error)})
         return found.model_copy(update={"statistics": counters(statistics)}) if statistics is not None else found
+
+    def _reading(self, session: Session, who: Principal, tests: Sequence[RecoveryTest]) -> dict[str, Question]:
+        """Return by test the question whether the caller may read its image, where its disks are served."""
+        asked = {}
+        for test in tests if who.place is not None else ():
+            target = session.get(tables.VpgTarget, (test.enterprise, test.vpg, test.target))
+            place = place_of_target(target) if target is not None else None
+            if test.uris:
+                asked[test.id] = by_person(who, Action.READ, test.enterprise, place, test.vpg)
+        return asked
+
+    def _readable(
+        self, enterprise: str, tests: Sequence[RecoveryTest], reading: Mapping[str, Question]
+    ) -> list[RecoveryTest]:
+        """Return the tests as the caller may see them: without their URIs where it may not read."""
+        found = []
+        for test in tests:
+            if test.id in reading:
+                try:
+                    self._permit(enterprise, "read", f"test/{test.id}", [reading[test.id]])
+                except DeniedError as error:
+                    test = test.model_copy(update={"uris": {}, "denied": test.denied or str(error)})
+            found.append(test)
+        return found
 
     def _servable(self, row: tables.Vpg, name: str | None) -> tables.VpgTarget:
         target = only_target(row, name)
@@ -254,8 +291,8 @@ class Recovery(Vpgs, Checkpoints):
     def _route_of(self, task: tables.Task) -> Route:
         scope = Scope(task.enterprise, task.vpg or "", str(task.inputs["target"]))
         with self._database.read(task.enterprise) as session:
-            _, target = self._find(session, scope)
-            return self._route(session, target)
+            way = self._way(session, *self._find(session, scope))
+        return self._granted([way])[0]
 
     def _tests_of(self, task: tables.Task) -> list[tables.RecoveryTest]:
         table = tables.RecoveryTest
@@ -356,6 +393,7 @@ def test_view(row: tables.RecoveryTest, now_ns: int) -> RecoveryTest:
             "verdict_note": row.verdict_note or "",
             "statistics": row.statistics or {},
             "problem": row.problem or "",
+            "denied": row.denied or "",
             "started_by": row.started_by,
         }
     )

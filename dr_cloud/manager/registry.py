@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -34,9 +35,11 @@ from sqlalchemy.orm import Session
 
 from dr_cloud.journal.envelope import Opened, Sealer, pack_json, unpack_json
 from dr_cloud.manager import tables
+from dr_cloud.manager.record import Entry, Head, append
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database
 from dr_cloud.model.errors import ConflictError, DamagedError, DrCloudError
 from dr_cloud.model.ids import Scope
+from dr_cloud.model.rights import Answer
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.seal.keys import VpgKeys
 from dr_cloud.store.errors import ObjectExistsError
@@ -167,6 +170,28 @@ class Registry:
             for _, old in _objects(self._store, folder)[:-KEPT]:
                 self._store.delete(old)
 
+    def heads(self, enterprise: str) -> list[Head]:
+        """Return the heads of the record of decisions in all objects of an enterprise that are kept.
+
+        Raises:
+            DrCloudError: The store does not answer, or none of the objects can be read.
+        """
+        folder = enterprise or "provider"
+        objects = _objects(self._store, folder)
+        found = []
+        problem: DamagedError | None = None
+        for _, key in objects:
+            try:
+                content = unpack_json(Opened(self._store, _keys(self._keyring, folder), key, MAGIC, VERSION).section(0))
+            except DamagedError as error:
+                problem = error
+                continue
+            rows = content["tables"].get(tables.DecisionHead.__tablename__, [])
+            found.append(next((Head(row["number"], row["hash"]) for row in rows), Head(0, "")))
+        if problem is not None and not found:
+            raise problem
+        return found
+
     def _pass_by(self, enterprise: str, folder: str) -> None:
         """Go on after the newest object in the store: a former life of the database may have written further."""
         newest = max((number for number, _ in _objects(self._store, folder)), default=0)
@@ -207,10 +232,13 @@ def _objects(store: Store, folder: str) -> list[tuple[int, str]]:
     return sorted((int(match[2]), key) for match, key in found if match)
 
 
-def rebuild(database: Database, store: Store, keyring: Keyring) -> dict[str, int]:
+def rebuild(
+    database: Database, store: Store, keyring: Keyring, clock_ns: Callable[[], int] = time.time_ns
+) -> dict[str, int]:
     """Fill an empty database from the store; return the number of the object that each enterprise came from.
 
-    An object that is damaged is passed over for the one before it, with a warning in the log.
+    An object that is damaged is passed over for the one before it, with a warning in the log. Records of decisions
+    begin anew, chained to the last head that the store knows.
 
     Raises:
         ConflictError: The database is not empty.
@@ -228,8 +256,16 @@ def rebuild(database: Database, store: Store, keyring: Keyring) -> dict[str, int
                 for row in content["tables"].get(kind.__tablename__, []):
                     session.add(kind(**row))
                 session.flush()
+            _begin_record(session, enterprise, clock_ns())
             session.add(tables.RegistryState(enterprise=enterprise, changed=number, written=number))
     return {folder: number for folder, (number, _) in found.items()}
+
+
+def _begin_record(session: Session, enterprise: str, at_ns: int) -> None:
+    head = session.get(tables.DecisionHead, enterprise)
+    if head is not None and head.number:
+        lost = f"decisions up to {head.number} ({head.hash}) were in a former database"
+        append(session, enterprise, [Entry("rebuild", "record", None, Answer(allow=True, reasons=[lost]))], at_ns)
 
 
 def _newest(store: Store, keyring: Keyring, folder: str) -> tuple[int, dict[str, Any]]:

@@ -13,12 +13,15 @@ from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.health import lag_now
-from dr_cloud.manager.operations import Operations, missing, paged
+from dr_cloud.manager.operations import Operations, missing
+from dr_cloud.manager.paging import paged
+from dr_cloud.manager.questions import by_person
 from dr_cloud.manager.tasks import Done, Later, TaskType, view
 from dr_cloud.manager.tenancy import PROVIDER
 from dr_cloud.model.cloud import LogRequest, Page, PageRequest
 from dr_cloud.model.errors import ConflictError, InvalidError
 from dr_cloud.model.principal import Principal
+from dr_cloud.model.rights import Action
 from dr_cloud.model.task import Task, TaskStatus
 from dr_cloud.model.vpg import VpgStatus
 from dr_cloud.model.watch import Alert, AuditEntry, Event, Health, SiteHealth
@@ -123,6 +126,8 @@ class Reports(Operations):
         path = self._archive(row.id)
         if row.type != "logs.collect" or row.result is None or not path.is_file():
             raise missing("archive of task", task)
+        if row.enterprise != PROVIDER and who.place is not None:
+            self._permit(row.enterprise, "logs", f"task {task}", [by_person(who, Action.LOGS, row.enterprise)])
         return path.read_bytes()
 
     def _archive(self, task: str) -> Path:

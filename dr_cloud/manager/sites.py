@@ -14,9 +14,11 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
-from dr_cloud.manager.operations import Change, Operations, decode_cursor, encode_cursor, missing, paged
+from dr_cloud.manager.operations import Change, missing
+from dr_cloud.manager.paging import decode_cursor, encode_cursor, paged
 from dr_cloud.manager.placement import shown
 from dr_cloud.manager.publish import Party
+from dr_cloud.manager.rights import RightsOperations
 from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, view
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER
 from dr_cloud.model.cloud import (
@@ -43,7 +45,7 @@ SILENT_NS: Final = 15 * SECOND_NS
 """Who has not reported for so long is taken for gone."""
 
 
-class Sites(Operations):
+class Sites(RightsOperations):
     """Operations on sites, hosts, servers and data centers."""
 
     def sites(self, who: Principal, enterprise: str, page: PageRequest = PageRequest()) -> Page[Site]:
@@ -161,7 +163,11 @@ class Sites(Operations):
         if page.cursor is not None:
             (after,) = decode_cursor(page.cursor, [str])
             found = [center for center in found if center.name > after]
-        views = [shown(center, to_provider=who.enterprise is None) for center in found]
+        closed = self._closed(who)
+        views = [
+            shown(center, to_provider=who.enterprise is None, denied=closed.get(center.name, ""))
+            for center in found[: page.limit + 1]
+        ]
         more = len(views) > page.limit
         return Page(
             items=views[: page.limit],
@@ -171,7 +177,15 @@ class Sites(Operations):
     def data_center(self, who: Principal, name: str) -> DataCenter:
         """Return one data center."""
         with self._read(who, "datacenter.read", None):
-            return shown(self._center(name), to_provider=who.enterprise is None)
+            center = self._center(name)
+        return shown(center, to_provider=who.enterprise is None, denied=self._closed(who).get(name, ""))
+
+    def _closed(self, who: Principal) -> dict[str, str]:
+        """Return the data centers to which the caller's enterprise may send nothing, each with the reasons."""
+        if who.enterprise is None:
+            return {}
+        places = self.explain(who, who.enterprise).data_centers
+        return {place.data_center: "; ".join(place.reasons) for place in places if not place.open}
 
     def center_hosts(self, who: Principal, data_center: str, vdsa: VdsaState | None = None) -> list[Host]:
         """List a data center's hosts: for the provider's own people."""
@@ -275,6 +289,7 @@ def site_view(row: tables.Site) -> Site:
         orders_revision=row.orders_revision or 0,
         followed_revision=row.followed_revision or 0,
         throttle=Throttle.model_validate(row.throttle or {}),
+        denied=row.denied or "",
     )
 
 

@@ -13,7 +13,8 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session, selectinload
 
 from dr_cloud.manager import tables
-from dr_cloud.manager.operations import Change, Operations, missing, paged
+from dr_cloud.manager.operations import Change, Operations, decided, missing
+from dr_cloud.manager.paging import paged
 from dr_cloud.manager.placement import Load, choose
 from dr_cloud.manager.protect import (
     apply,
@@ -26,6 +27,7 @@ from dr_cloud.manager.protect import (
     target_party,
 )
 from dr_cloud.manager.publish import Party
+from dr_cloud.manager.questions import HELD, about_target
 from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, view
 from dr_cloud.manager.tenancy import EVERYONE
 from dr_cloud.manager.vpgview import target_gone, vpg_view
@@ -54,6 +56,7 @@ EXCLUSIVE = ("vpg.create", "vpg.update", "vpg.remove", "vpg.sync", "failover.sta
 class Vpgs(Operations):
     """Operations on VPGs."""
 
+    @decided
     def create_vpg(self, who: Principal, enterprise: str, settings: VpgSettings) -> Task:
         """Protect servers. A server that has not been seen yet makes the group wait for it (MissingConfiguration)."""
         with self._change(who, "vpg.create", enterprise, f"vpg {settings.name}") as change:
@@ -76,6 +79,7 @@ class Vpgs(Operations):
             self._apply(change, row, settings, who)
             return change.done(self._tell(change, row, "vpg.create", {"settings": settings.model_dump(mode="json")}))
 
+    @decided
     def update_vpg(self, who: Principal, enterprise: str, vpg: str, settings: VpgSettings, force: bool = False) -> Task:
         """Give a VPG new settings. `force` does not wait until the sites follow, nor for another task."""
         with self._change(who, "vpg.update", enterprise, f"vpg {vpg}") as change:
@@ -84,6 +88,7 @@ class Vpgs(Operations):
                 raise InvalidError("a VPG cannot be renamed: its journal carries its name", "Keep the name.")
             return change.done(self._update(change, row, settings, who, force))
 
+    @decided
     def add_server(self, who: Principal, enterprise: str, vpg: str, server: ProtectedServer) -> Task:
         """Protect one more server in a VPG."""
         with self._change(who, "vpg.update", enterprise, f"vpg {vpg}") as change:
@@ -94,6 +99,7 @@ class Vpgs(Operations):
             settings = settings.model_copy(update={"servers": [*settings.servers, server]})
             return change.done(self._update(change, row, settings, who, force=False))
 
+    @decided
     def remove_server(self, who: Principal, enterprise: str, vpg: str, server: str) -> Task:
         """Protect one server less. Its history stays in the journal."""
         with self._change(who, "vpg.update", enterprise, f"vpg {vpg}") as change:
@@ -246,6 +252,8 @@ class Vpgs(Operations):
             return choose(center, target.host, target.datastore, load, to_provider=who.enterprise is None)
 
         apply(change.session, config, row, settings, place)
+        asked = [question for target in row.targets for question in about_target(row, target, HELD)]
+        change.decide("vpg", f"vpg/{row.name}", asked)
         if row.source_in_center and not row.source_host:
             center = config.data_center(row.source_site)
             scopes = self._load(row.source_site).scopes
@@ -360,6 +368,8 @@ class Vpgs(Operations):
             if row.paused or VpgStatus(row.status) is VpgStatus.MISSING_CONFIGURATION:
                 return ""  # it is as it should be: the status says what is awaited
             for target in row.targets:
+                if target.denied:
+                    continue  # its status says why it waits
                 if target.reported_ns < int(task.state["since_ns"]):
                     return f"no report yet on target {target.name}"
                 if target.problem or target.target_problem:

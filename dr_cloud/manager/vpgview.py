@@ -39,6 +39,7 @@ def _target(row: tables.VpgTarget, settings: VpgSettings, now_ns: int, to_provid
         placed_host=row.placed_host if shown else None,
         placed_datastore=row.placed_datastore if shown else None,
         linked=bool(row.linked),
+        denied=row.denied or "",
         problem=row.problem or row.target_problem or "",
         lag_seconds=lag_now(row.lag_seconds, row.reported_ns or 0, now_ns),
         lag_bytes=row.lag_bytes or 0,

@@ -22,10 +22,12 @@ from sqlalchemy.orm import Session, selectinload
 from dr_cloud.manager import tables
 from dr_cloud.manager.access import no_enterprise
 from dr_cloud.manager.dispatch import Dispatch
-from dr_cloud.manager.operations import missing
+from dr_cloud.manager.operations import denied, missing
 from dr_cloud.manager.pairing import Pairings
 from dr_cloud.manager.protect import follow_disks, known_servers, source_party
 from dr_cloud.manager.publish import Party
+from dr_cloud.manager.questions import connects
+from dr_cloud.manager.record import Entry, append
 from dr_cloud.manager.tenancy import EVERYONE
 from dr_cloud.manager.vpgs import judge
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, SourceReport, TargetReport
@@ -56,14 +58,27 @@ class Watch(Pairings, Dispatch):
         self._written_lock = threading.Lock()
 
     def site_connected(self, enterprise: str, site: str, serial: str) -> SiteOrders:
-        """Note that a site has connected; return its orders. Raises `ForbiddenError` for a bad certificate."""
+        """Note that a site has connected; return its orders.
+
+        Raises:
+            ForbiddenError: The certificate is not good.
+            DeniedError: Policy forbids the site to connect; from now on its certificate is refused at the door.
+        """
         self.check_certificate(enterprise, site, serial)
+        question = connects(enterprise, site)
+        (answer,) = self._context.desk.ask_standing([question])
+        entry, now_ns = Entry("connector", f"site/{site}", question, answer), self._context.clock_ns()
         with self._database.write(enterprise) as session:
             row = session.get(tables.Site, (enterprise, site))
             if row is None:
                 raise missing("site", site)
-            row.connected = True
-            row.last_seen_ns = self._context.clock_ns()
+            append(session, enterprise, [entry], now_ns)
+            if answer.allow:
+                row.connected, row.last_seen_ns, row.denied = True, now_ns, ""
+            elif answer.answered:
+                row.denied = "; ".join(answer.reasons)
+        if not answer.allow:
+            raise denied([entry])
         self._emit([(enterprise, "site", site, {"connected": True})])
         return self.orders_for(enterprise, site)
 

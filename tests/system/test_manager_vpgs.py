@@ -16,7 +16,7 @@ from dr_cloud.model.cloud import (
     TestsRequest,
     VpgFilter,
 )
-from dr_cloud.model.errors import ConflictError, DrCloudError, InvalidError, NotFoundError
+from dr_cloud.model.errors import ConflictError, DeniedError, DrCloudError, InvalidError, NotFoundError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.replication import HostReport, SiteReport
 from dr_cloud.model.task import CompletionCode
@@ -175,7 +175,7 @@ def test_territory(world: World):
     """R13.2: the choice of a target is checked against the group's territory."""
     who = world.principal("acme")
     uk = TargetConfig(name="dc1", site="uk-south", host="h1", datastore="ds-1")
-    with pytest.raises(InvalidError, match="territory"):
+    with pytest.raises(DeniedError, match="territory"):
         world.cloud.create_vpg(who, "acme", settings(targets=[uk], territory=["USA"]))
     world.protect(who, targets=[uk], territory=["UK", "USA"])
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dr_cloud.manager.access import ALLOWED, READ
-from dr_cloud.manager.operations import decode_cursor, encode_cursor
+from dr_cloud.manager.paging import decode_cursor, encode_cursor
 from dr_cloud.manager.placement import Load, choose, shown, store_of
 from dr_cloud.model.errors import InvalidError, NotFoundError
 from dr_cloud.model.principal import Role

@@ -1,0 +1,129 @@
+"""The record of decisions: a chain for each enterprise, written in the transaction of what a decision permits.
+
+Consistency: whoever adds to a chain holds the row of its head, so numbers have no gaps and every row carries the hash
+of the one before (`dr_cloud.model.decision`). A decision whose row cannot be written permits nothing: the transaction
+fails as a whole. A denial permits nothing and has a transaction of its own.
+
+Who can write rows can also forge the end of a chain. So heads go into the registry's objects in the store, sealed, with
+every change of the registry and at least every minute while decisions are made: a chain that does not contain them, or
+ends before them, has been tampered with. What is younger than the newest object has no such witness yet.
+
+Crash recovery: a database that was rebuilt from the store has the heads, not the rows. The first row that is added says
+so (point `rebuild`), and is chained to the head: a record begins with number 1 or with such a row.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from dr_cloud.manager import tables
+from dr_cloud.model.decision import Decision, DecisionCheck, Point
+from dr_cloud.model.rights import Answer, Question
+
+_AT_A_TIME = 1000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One decision that is to be written."""
+
+    point: Point
+    subject: str
+    question: Question | None
+    """None: it was no question (`policies`, `rebuild`)."""
+    answer: Answer
+
+
+class Head(NamedTuple):
+    """A chain's end, as someone has noted it."""
+
+    number: int
+    hash: str
+
+
+def append(session: Session, enterprise: str, entries: Sequence[Entry], at_ns: int) -> None:
+    """Add decisions to an enterprise's chain, in the session's transaction."""
+    if not entries:
+        return
+    head = session.get(tables.DecisionHead, enterprise, with_for_update=True, populate_existing=True)
+    if head is None:
+        head = tables.DecisionHead(enterprise=enterprise, number=0, hash="")
+        session.add(head)
+    for entry in entries:
+        asked = entry.question.model_dump(mode="json", by_alias=True) if entry.question is not None else {}
+        made = Decision(
+            enterprise=enterprise,
+            number=head.number + 1,
+            id=uuid.uuid4().hex,
+            at_ns=at_ns,
+            point=entry.point,
+            action=entry.question.action.value if entry.question is not None else "",
+            subject=entry.subject[:512],
+            revision=entry.answer.revision,
+            input=asked,
+            allow=entry.answer.allow,
+            reasons=entry.answer.reasons,
+            previous=head.hash,
+            hash="",
+        )
+        head.number, head.hash = made.number, made.digest()
+        session.add(tables.Decision(**made.model_dump(exclude={"hash"}), hash=head.hash))
+
+
+def view(row: tables.Decision) -> Decision:
+    """Return a decision as it is shown."""
+    values: dict[str, Any] = {name: getattr(row, name) for name in Decision.model_fields}
+    return Decision.model_validate(values)
+
+
+def check(session: Session, enterprise: str, witnesses: Sequence[Head]) -> DecisionCheck:
+    """Look whether an enterprise's record is whole, and holds every head that is known."""
+    table = tables.Decision
+    kept = session.get(tables.DecisionHead, enterprise)
+    wanted = {head.number: head.hash for head in witnesses if head.number}
+    if kept is not None and kept.number:
+        wanted.setdefault(kept.number, kept.hash)
+        if wanted[kept.number] != kept.hash:
+            wanted[kept.number] = "two heads"
+    first, last, problem, note = 0, Head(0, ""), "", ""
+    rows = session.scalars(
+        select(table).where(table.enterprise == enterprise).order_by(table.number),
+        execution_options={"yield_per": _AT_A_TIME},
+    )
+    for row in rows:
+        found = view(row)
+        if not first:
+            first = found.number
+            begins = (first == 1 and not found.previous) or (first > 1 and found.point == "rebuild")
+            problem = "" if begins else f"decisions before {first} are missing"
+            note = found.reasons[0] if begins and first > 1 else ""
+        elif found.number != last.number + 1:
+            problem = f"decision {last.number + 1} is missing"
+        elif found.previous != last.hash:
+            problem = f"decision {found.number} does not follow on {last.number}"
+        if not problem and found.digest() != found.hash:
+            problem = f"decision {found.number} was changed"
+        if not problem and wanted.get(found.number, found.hash) != found.hash:
+            problem = f"decision {found.number} is not the one that was witnessed"
+        if problem:
+            break
+        last = Head(found.number, found.hash)
+    newest = max(wanted, default=0)
+    if not problem and last.number < newest:
+        problem = f"the record ends with {last.number}; decision {newest} was made"
+    return DecisionCheck(
+        enterprise=enterprise,
+        whole=not problem,
+        first=first,
+        last=last.number,
+        hash=last.hash,
+        witnesses=len(witnesses),
+        problem=problem,
+        note=note,
+    )
