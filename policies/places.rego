@@ -5,51 +5,53 @@ package dr_cloud.places
 
 import rego.v1
 
-# Where the place itself lies.
-at(place, _) := data.data_centers[place.name].jurisdiction if place.kind == "data center"
+# Where the enterprise itself is at home.
+home := data.enterprises[input.enterprise].jurisdiction
 
-at(place, enterprise) := data.enterprises[enterprise].sites[place.name] if {
+# Where a place itself lies. Sites are those of the enterprise that the question is about.
+at(place) := data.data_centers[place.name].jurisdiction if place.kind == "data center"
+
+at(place) := data.enterprises[input.enterprise].sites[place.name] if {
 	place.kind == "site"
 	place.datastore == ""
 }
 
-# Every spot to which data comes that goes to this place.
-spots(place, enterprise) := [spot] if {
-	place.kind == "site"
-	spot := {"at": at(place, enterprise), "what": sprintf("site %s lies", [place.name])}
-}
+bucket(place) := data.data_centers[place.name].datastores[place.datastore]
 
-spots(place, enterprise) := center(place, enterprise) if {
+# Every spot to which data comes that goes to this place: the place, its key and its datastore, where they lie elsewhere.
+spots(place) := [{"at": at(place), "what": sprintf("site %s lies", [place.name])}] if place.kind == "site"
+
+spots(place) := array.concat([{"at": at(place), "what": sprintf("%s lies", [place.name])}], parts) if {
 	place.kind == "data center"
-	place.datastore == ""
+	named(place)
+	center := at(place)
+	keys := data.data_centers[place.name].keys
+	key := [{"at": keys, "what": sprintf("the key of %s is held", [place.name])} | keys != center]
+	buckets := [{"at": bucket(place), "what": sprintf("datastore %s of %s lies", [place.datastore, place.name])} |
+		place.datastore != ""
+		bucket(place) != center
+	]
+	parts := array.concat(key, buckets)
 }
 
-spots(place, enterprise) := array.concat(center(place, enterprise), [bucket]) if {
-	place.kind == "data center"
-	bucket := {
-		"at": data.data_centers[place.name].datastores[place.datastore],
-		"what": sprintf("datastore %s of %s lies", [place.datastore, place.name]),
-	}
-}
+# A datastore that is named must be there.
+named(place) if place.datastore == ""
 
-center(place, enterprise) := [
-	{"at": at(place, enterprise), "what": sprintf("%s lies", [place.name])},
-	{
-		"at": data.data_centers[place.name].keys,
-		"what": sprintf("the key of %s is held", [place.name]),
-	},
-]
+named(place) if bucket(place)
 
 # Jurisdictions that data comes from: its source's; and the enterprise's own, unless a site of its own is the source.
-origins(source, enterprise) := [data.enterprises[enterprise].jurisdiction] if source == null
+origins := [home] if input.source == null
 
-origins(source, enterprise) := [at(source, enterprise)] if source.kind == "site"
+origins := [at(input.source)] if input.source.kind == "site"
 
-origins(source, enterprise) := [data.enterprises[enterprise].jurisdiction, at(source, enterprise)] if {
-	source.kind == "data center"
-	source_is_whole(source)
+origins := [home] if {
+	input.source.kind == "data center"
+	named(input.source)
+	at(input.source) == home
 }
 
-source_is_whole(source) if source.datastore == ""
-
-source_is_whole(source) if data.data_centers[source.name].datastores[source.datastore]
+origins := [home, at(input.source)] if {
+	input.source.kind == "data center"
+	named(input.source)
+	at(input.source) != home
+}

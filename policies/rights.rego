@@ -99,24 +99,20 @@ is_operator(operator) if {
 
 # -- the ways ----------------------------------------------------------------------------------------------------------
 
-home := data.enterprises[input.enterprise].jurisdiction
-
-origins := places.origins(input.source, input.enterprise)
-
-# Undefined if anything that is named is not known.
+# Where data comes to; undefined if what is named is not known.
 spots := [] if input.place == null
 
-spots := places.spots(input.place, input.enterprise) if input.place != null
+spots := places.spots(input.place) if input.place != null
 
-# What a person sees is the enterprise's, and lies where the place is.
+# A person sees what is the enterprise's, and what lies at the place.
 seen := [] if input.operator == null
 
-seen := [home] if {
+seen := [places.home] if {
 	input.operator != null
 	input.place == null
 }
 
-seen := [home, places.at(input.place, input.enterprise)] if {
+seen := [places.home, places.at(input.place)] if {
 	input.operator != null
 	input.place != null
 }
@@ -124,31 +120,37 @@ seen := [home, places.at(input.place, input.enterprise)] if {
 seat := {"at": input.operator.jurisdiction, "what": "the person sits"}
 
 ways := array.concat(to_place, to_person) if {
-	law.known(home)
-	to_place := [{"from": from, "to": spot} | from := origins[_]; spot := spots[_]]
-	to_person := [{"from": from, "to": seat} | from := seen[_]]
-	count(to_place) == count(origins) * count(spots)
-	count(to_person) == count(seen)
+	law.known({"at": places.home})
+	origins := places.origins
+	here := spots
+	viewed := seen
+	to_place := [{"from": from, "to": spot.at, "what": spot.what} | from := origins[_]; spot := here[_]]
+	to_person := [{"from": from, "to": seat.at, "what": seat.what} | from := viewed[_]]
+	count(to_place) == count(origins) * count(here)
+	count(to_person) == count(viewed)
 }
 
-open(way) := law.ground(way.from, way.to.at, input.enterprise, input.action, input.now_s)
+found := [ground | way := ways[_]; ground := law.ground(way, input)]
 
-grounds := array.concat([ground | way := ways[_]; ground := open(way)], reached) if ways
+grounds := array.concat(found, reached) if ways
 
 every_way_is_open if {
-	count(origins) > 0
-	count([way | way := ways[_]; open(way)]) == count(ways)
-	count([way | way := ways[_]; inside(way.to)]) == count(ways)
+	count(ways) == count(found)
+	count([spot | spot := ends[_]; inside(spot)]) == count(ends)
 }
 
 # The territory of a VPG binds every spot; where the enterprise itself is at home, its own people may sit.
+ends := spots if input.operator == null
+
+ends := array.concat(spots, [seat]) if input.operator != null
+
 inside(_) if count(input.territory) == 0
 
-inside(spot) if law.within(spot.at, input.territory)
+inside(spot) if law.within(spot, input.territory)
 
 inside(spot) if {
 	spot == seat
-	law.joined(spot.at, home)
+	law.joined({"from": places.home, "to": spot.at})
 }
 
 # -- what a site reaches -----------------------------------------------------------------------------------------------
@@ -157,30 +159,33 @@ centers := {center.jurisdiction | center := data.data_centers[_]}
 
 # Jurisdiction of data centers -> the ground on which data goes there from the site, or comes from there.
 reach[center] := ground if {
+	input.action == "connect"
 	some center in centers
-	ground := law.ground(origins[0], center, input.enterprise, "replicate", input.now_s)
+	ground := law.ground({"from": places.origins[0], "to": center}, object.union(input, {"action": "replicate"}))
 }
 
 reach[center] := ground if {
+	input.action == "connect"
 	some center in centers
-	not law.ground(origins[0], center, input.enterprise, "replicate", input.now_s)
-	ground := law.ground(center, origins[0], input.enterprise, "failback", input.now_s)
-	law.ground(home, origins[0], input.enterprise, "failback", input.now_s)
+	not law.ground({"from": places.origins[0], "to": center}, object.union(input, {"action": "replicate"}))
+	back := object.union(input, {"action": "failback"})
+	ground := law.ground({"from": center, "to": places.origins[0]}, back)
+	law.ground({"from": places.home, "to": places.origins[0]}, back)
 }
 
 reached := [ground | input.action == "connect"; ground := reach[_]]
 
 # -- what goes with a yes ----------------------------------------------------------------------------------------------
 
-ends := [ground.until_s | ground := grounds[_]; ground.until_s != null]
+lasting := [ground.until_s | ground := grounds[_]; ground.until_s != null]
 
-until_s := min(ends) if count(ends) > 0
+until_s := min(lasting) if count(lasting) > 0
 
-until_s := null if count(ends) == 0
+until_s := null if count(lasting) == 0
 
 jurisdictions := sort([center | reach[center]]) if input.action == "connect"
 
-jurisdictions := [places.at(input.place, input.enterprise)] if {
+jurisdictions := [places.at(input.place)] if {
 	input.action != "connect"
 	input.place != null
 }
@@ -192,86 +197,99 @@ jurisdictions := [] if {
 
 # -- what goes with a no -----------------------------------------------------------------------------------------------
 
-why contains "the policies do not allow it" if count(causes) == 0
+why contains "the policies do not allow it" if {
+	well_formed
+	count(causes) == 0
+}
 
 why contains cause if some cause in causes
 
-causes contains "a part of the question is missing or of the wrong kind" if not well_formed
+why contains "a part of the question is missing or of the wrong kind" if not well_formed
 
-causes contains sprintf("the action %s is not known", [input.action]) if {
+causes contains cause if {
 	well_formed
-	not input.action in {"connect", "replicate", "keep", "test", "failover", "failback", "move", "read", "logs", "operate"}
+	some cause in lacks
 }
 
-causes contains "it is not said where to" if {
+causes contains cause if {
 	well_formed
-	input.action in {"replicate", "keep", "test", "failover", "failback", "move"}
+	some cause in strangers
+}
+
+causes contains cause if {
+	well_formed
+	some cause in obstacles
+}
+
+to_places := {"replicate", "keep", "test", "failover", "failback", "move"}
+
+by_persons := {"read", "logs", "operate"}
+
+lacks contains sprintf("the action %s is not known", [input.action]) if {
+	not input.action in to_places
+	not input.action in by_persons
+	input.action != "connect"
+}
+
+lacks contains "it is not said where to" if {
+	input.action in to_places
 	input.place == null
 }
 
-causes contains "it is not said in which datastore" if {
-	well_formed
+lacks contains "it is not said in which datastore" if {
 	input.action == "keep"
 	input.place != null
 	not kept_somewhere
 }
 
-causes contains "it is not said who asks" if {
-	well_formed
-	input.action in {"read", "logs", "operate"}
+lacks contains "it is not said who asks" if {
+	input.action in by_persons
 	input.operator == null
 }
 
-causes contains "it is not said which site connects" if {
-	well_formed
+lacks contains "it is not said which site connects" if {
 	input.action == "connect"
 	not input.source.kind == "site"
 }
 
-causes contains sprintf("enterprise %s is not known, or lies in no known jurisdiction", [input.enterprise]) if {
-	well_formed
-	not law.known(home)
+strangers contains sprintf("enterprise %s is not known, or lies in no known jurisdiction", [input.enterprise]) if {
+	not law.known({"at": places.home})
 }
 
-causes contains sprintf("%s %s is not known", [place.kind, named(place)]) if {
-	well_formed
+strangers contains sprintf("%s %s is not known", [place.kind, called(place)]) if {
 	place := [input.source, input.place][_]
 	place != null
-	not places.spots(place, input.enterprise)
+	not places.spots(place)
 }
 
-causes contains "it is not known where the person sits" if {
-	well_formed
+strangers contains "it is not known where the person sits" if {
 	input.operator != null
-	not law.known(input.operator.jurisdiction)
+	not law.known(seat)
 }
 
-causes contains sprintf("%s in %s: nothing opens %s to %s", [way.to.what, way.to.at, way.from, way.to.at]) if {
-	well_formed
+obstacles contains sprintf("%s in %s: nothing opens %s to %s", [way.what, way.to, way.from, way.to]) if {
 	way := ways[_]
-	not unseated(way.to)
-	not open(way)
+	not unseated(way)
+	not law.ground(way, input)
 }
 
-causes contains concat(" ", [spot.what, "in", spot.at, "outside of the territory", territory]) if {
-	well_formed
-	spot := ways[_].to
+obstacles contains concat(" ", [spot.what, "in", spot.at, "outside of the territory", territory]) if {
+	spot := ends[_]
 	not inside(spot)
 	territory := concat(", ", input.territory)
 }
 
-causes contains sprintf("no data center is open to site %s in %s", [input.source.name, origins[0]]) if {
-	well_formed
+obstacles contains sprintf("no data center is open to site %s in %s", [input.source.name, places.origins[0]]) if {
 	input.action == "connect"
 	input.source.kind == "site"
 	count(reach) == 0
 }
 
-unseated(spot) if {
-	spot == seat
-	not law.known(spot.at)
+unseated(way) if {
+	way.what == seat.what
+	not law.known(seat)
 }
 
-named(place) := place.name if place.datastore == ""
+called(place) := place.name if place.datastore == ""
 
-named(place) := sprintf("%s with datastore %s", [place.name, place.datastore]) if place.datastore != ""
+called(place) := sprintf("%s with datastore %s", [place.name, place.datastore]) if place.datastore != ""

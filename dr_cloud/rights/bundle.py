@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from dr_cloud.model.errors import DamagedError, DrCloudError
 from dr_cloud.model.rights import Facts, PolicySources
+from dr_cloud.rights.engine import BATCH, BATCH_FILE
 from dr_cloud.rights.regulation import ROOTS, canonical_json, documents
 from dr_cloud.seal.identity import key_pem, replace_file
 
@@ -84,7 +85,7 @@ class Signer:
 
 
 class Bundle(NamedTuple):
-    """What is in a bundle that was found good."""
+    """What is in a bundle that was found good, without what is not policy."""
 
     revision: str
     modules: dict[str, str]
@@ -96,7 +97,7 @@ def build_bundle(sources: PolicySources, facts: Facts, signer: Signer) -> tuple[
     revision, data = documents(sources, facts)
     manifest = {"revision": revision, "roots": list(ROOTS), "rego_version": 1}
     files = {name: text.encode() for name, text in sorted(sources.modules.items())}
-    files |= {"data.json": canonical_json(data), ".manifest": canonical_json(manifest)}
+    files |= {BATCH_FILE: BATCH.encode(), "data.json": canonical_json(data), ".manifest": canonical_json(manifest)}
     listed = [
         {"name": name, "hash": hashlib.sha256(content).hexdigest(), "algorithm": "SHA-256"}
         for name, content in files.items()
@@ -128,7 +129,8 @@ def open_bundle(bundle: bytes, public: str) -> Bundle:
     if {name: hashlib.sha256(content).hexdigest() for name, content in files.items()} != listed:
         raise DamagedError("the bundle is not as it was signed", "Build it again.")
     try:
-        modules = {name: content.decode() for name, content in files.items() if name.endswith(".rego")}
+        policies = {name for name in files if name.endswith(".rego")} - {BATCH_FILE}
+        modules = {name: files[name].decode() for name in sorted(policies)}
         return Bundle(json.loads(files[".manifest"])["revision"], modules, json.loads(files["data.json"]))
     except (KeyError, ValueError, TypeError):
         raise DamagedError("the bundle lacks a manifest or its data", "Build it again.") from None

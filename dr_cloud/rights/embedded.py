@@ -8,7 +8,7 @@ What is done about the interpreter's ways
     It neither escapes strings that it is given nor those that it gives back, so a quote in a name would change what an
     answer says. Every string goes in with the letters that could do so percent-encoded, on both sides of every
     comparison, and comes back decoded. A plan that did not compile must never be run: it would end the process.
-    Some correct Rego is misunderstood; what to write instead is in policies/README.md.
+    Some correct Rego is misunderstood; what is known to be is refused (`dr_cloud.rights.dialect`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import regopy  # type: ignore[import-untyped]
 from dr_cloud.model.errors import InvalidError
 from dr_cloud.model.rights import Answer
 from dr_cloud.rights.bundle import Bundle, open_bundle
+from dr_cloud.rights.dialect import check_dialect
 from dr_cloud.rights.engine import ENTRY, no_answer, read_answer
 
 _SAFE: Final = "".join(letter for letter in string.printable if letter.isprintable() and letter not in '"\\%')
@@ -38,6 +39,7 @@ class _Plan:
         self._interpreter = regopy.Interpreter()
         try:
             for name, text in bundle.modules.items():
+                check_dialect(name, text)
                 self._interpreter.add_module(name, text)
             self._interpreter.add_data_json(json.dumps(_encoded(bundle.data)))
             self._plan = self._interpreter.build(f"data.{ENTRY}")

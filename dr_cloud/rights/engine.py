@@ -15,6 +15,18 @@ from dr_cloud.model.rights import Answer
 
 ENTRY: Final = "dr_cloud.rights.decision"
 """The rule that is asked; below `data`."""
+BATCH_FILE: Final = "batch.rego"
+BATCH: Final = f"""# Many questions at once, answered by their position: for an engine that is asked over a network.
+package dr_cloud.batch
+
+answers := {{"revision": data.revision, "decisions": decisions}}
+
+decisions[i] := answer if {{
+	some i, question in input.questions
+	answer := data.{ENTRY} with input as question
+}}
+"""
+"""Part of every bundle, and of no policy."""
 
 
 class Engine(Protocol):

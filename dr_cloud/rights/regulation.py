@@ -18,6 +18,7 @@ import dr_cloud
 from dr_cloud.model.errors import DrCloudError, InvalidError
 from dr_cloud.model.provider import load_yaml
 from dr_cloud.model.rights import Facts, Mechanism, PolicySources, Question, Regulation
+from dr_cloud.rights.engine import BATCH_FILE
 
 POLICIES: Final = Path(dr_cloud.__file__).resolve().parent.parent / "policies"
 """Those that come with the product."""
@@ -57,7 +58,7 @@ def load_regulation(path: Path) -> Regulation:
 def check_modules(sources: PolicySources) -> PolicySources:
     """Return what was given, if every module may be part of a bundle. Raises `InvalidError`."""
     for name, text in sources.modules.items():
-        if not _FILE_NAME.fullmatch(name) or name.endswith("_test.rego"):
+        if not _FILE_NAME.fullmatch(name) or name.endswith("_test.rego") or name == BATCH_FILE:
             raise InvalidError(f"a policy cannot be called {name!r}", "Use a-z, 0-9, _ and -, then .rego; no tests.")
         if len(text) > _MODULE_LENGTH_MAX:
             raise InvalidError(f"{name} has more than {_MODULE_LENGTH_MAX} letters", "Divide it.")
