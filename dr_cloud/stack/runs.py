@@ -48,10 +48,12 @@ def table_runs(table: memoryview, start: int, stop: int) -> Sequence[tuple[int, 
 
 def adjacent_runs(locs: NDArray[np.uint64]) -> Sequence[tuple[int, int]]:
     """Return (loc, count) of the runs of adjacent locs, or of holes; `locs` is not empty."""
-    joined = np.diff(locs) == 1
-    if joined.all():
+    apart = locs[1:] - locs[:-1] != 1
+    if not locs.all():
+        apart &= (locs[1:] | locs[:-1]) != 0
+    cuts = apart.nonzero()[0]
+    if not len(cuts):
         return ((int(locs[0]), len(locs)),)
-    joined |= (locs[1:] == 0) & (locs[:-1] == 0)
-    starts = [0, *(np.flatnonzero(~joined) + 1).tolist()]
+    starts = [0, *(cuts + 1).tolist()]
     ends = [*starts[1:], len(locs)]
-    return [(int(locs[start]), end - start) for start, end in zip(starts, ends, strict=True)]
+    return [(loc, end - start) for loc, start, end in zip(locs[starts].tolist(), starts, ends, strict=True)]
