@@ -32,7 +32,10 @@ decisions[i] := answer if {{
 class Engine(Protocol):
     """It may be asked from any thread."""
 
-    kind: Literal["embedded", "opa"]
+    @property
+    def kind(self) -> Literal["embedded", "opa"]:
+        """Which of the two it is."""
+        ...
 
     @property
     def revision(self) -> str:
