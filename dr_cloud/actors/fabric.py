@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ import structlog
 
 from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, ask, ask_again
 from dr_cloud.actors.gate import LOGS_SECONDS, Target
+from dr_cloud.actors.https import free_port
 from dr_cloud.actors.logs import provider_archive
 from dr_cloud.actors.placing import Labels, Placing
 from dr_cloud.actors.pool import StackPool
@@ -46,13 +46,6 @@ from dr_cloud.stack.stack import StackStatistics
 PLAN_SECONDS: Final = 60.0
 
 _log = structlog.get_logger(__name__)
-
-
-def free_port(host: str, port: int = 0) -> int:
-    """Return `port` if it can be listened on (0: any that can). Raises `OSError`."""
-    with socket.create_server((host, port)) as probe:
-        free: int = probe.getsockname()[1]
-        return free
 
 
 class Ports:

@@ -12,7 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from dr_cloud.model.errors import DrCloudError, UnavailableError
-from dr_cloud.seal.identity import Credentials
+from dr_cloud.model.provider import ProviderConfig
+from dr_cloud.seal.identity import Credentials, replace_file
 
 _START_SECONDS: Final = 30.0
 _GRACE_SECONDS: Final = 5
@@ -25,6 +26,24 @@ def split_listen(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 0xFFFF:
         raise DrCloudError(f"{address!r} is not HOST:PORT", "Write `api` like 127.0.0.1:8440.")
     return host.strip("[]"), int(port)
+
+
+def free_port(host: str, port: int = 0) -> int:
+    """Return `port` if it can be listened on (0: any that can). Raises `OSError`."""
+    with socket.create_server((host, port)) as probe:
+        free: int = probe.getsockname()[1]
+        return free
+
+
+def api_address(config: ProviderConfig) -> tuple[str, int]:
+    """Return where the API listens: once a free port was taken, always the same."""
+    host, port = split_listen(config.api)
+    kept = config.state / "api-port"
+    if port == 0:
+        if not kept.exists():
+            replace_file(kept, str(free_port(host)), 0o600)
+        port = int(kept.read_text())
+    return host, port
 
 
 class ApiServer:

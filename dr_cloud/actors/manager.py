@@ -35,9 +35,9 @@ import structlog
 from dr_cloud.actors.cluster import START_SECONDS
 from dr_cloud.actors.connector import Connector, Door
 from dr_cloud.actors.divided import DividedCloud, Key, carry_out
-from dr_cloud.actors.fabric import RayFabric, free_port
+from dr_cloud.actors.fabric import RayFabric
 from dr_cloud.actors.gate import Target
-from dr_cloud.actors.https import ApiServer, split_listen
+from dr_cloud.actors.https import ApiServer, api_address
 from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.rights import RightsDesk
 from dr_cloud.actors.settings import ADMIN_TOKEN, MANAGER, ProviderSettings, Ready, registry_url
@@ -200,7 +200,7 @@ class Headquarters:
 
     def _start(self) -> None:
         core, config = self._core, self._settings.config
-        host, port = self._api_address()
+        host, port = api_address(config)
         cloud = core.begin(f"https://{host}:{port}")
         self._make_administrator(cloud)
         self._make_engine_token(cloud)
@@ -217,16 +217,6 @@ class Headquarters:
                 if host_view.vdsa not in ("removing", "not installed"):
                     core.fabric.start_vdsa(center.name, host_view.name)
         core.fabric.refill()
-
-    def _api_address(self) -> tuple[str, int]:
-        """Return where the API listens: once a free port was taken, always the same."""
-        host, port = split_listen(self._settings.config.api)
-        kept = self._settings.config.state / "api-port"
-        if port == 0:
-            if not kept.exists():
-                replace_file(kept, str(free_port(host)), 0o600)
-            port = int(kept.read_text())
-        return host, port
 
     def _register_tenants(self, cloud: Cloud) -> None:
         known = set(self._enterprises(cloud))
@@ -279,7 +269,7 @@ class Headquarters:
         for enterprise in self._enterprises(core.cloud):
             core.fabric.wait_connector(enterprise)
             links[enterprise] = core.cloud.enterprise(SYSTEM, enterprise).link
-        host, port = self._api_address()
+        host, port = api_address(config)
         return Ready(
             provider=config.name,
             api=f"https://{host}:{port}",

@@ -23,6 +23,7 @@ import structlog
 
 from dr_cloud.actors.cloud import CloudManager
 from dr_cloud.actors.cluster import START_SECONDS, Placement, ask, ask_again, ray_has_gone, start_ray
+from dr_cloud.actors.https import api_address
 from dr_cloud.actors.rights import RightsManager
 from dr_cloud.actors.settings import ADMIN_TOKEN, MANAGER, RIGHTS, ProviderSettings, Ready
 from dr_cloud.model.errors import DrCloudError
@@ -54,17 +55,19 @@ class RunningProvider:
         tenants = tenants_of(config)
         token = config.state / ADMIN_TOKEN
         first = not token.exists()
+        api_address(config)  # chosen once, before several processes look for it
         self._ending_ray = False
         self._own_ray = not ray.is_initialized() and config.ray == "local"
         self._placement: Placement = start_ray(config.ray, config.name)
         self.settings = ProviderSettings(config=config, placement=self._placement)
         try:
-            RightsManager.options(**self._placement.options(RIGHTS)).remote(  # type: ignore[attr-defined]
+            rights = RightsManager.options(**self._placement.options(RIGHTS)).remote(  # type: ignore[attr-defined]
                 self.settings.without_database
             )
             manager = CloudManager.options(**self._placement.options(MANAGER)).remote(  # type: ignore[attr-defined]
                 self.settings, tenants
             )
+            ask_again(lambda: rights.where.remote(), "the rights manager", START_SECONDS)
             self.ready: Ready = ask_again(lambda: manager.ready.remote(), "the manager", _READY_SECONDS)
         except BaseException:
             self.close()
