@@ -36,7 +36,7 @@ _MODULE: Final = "dr_cloud.actors.engine"
 _log = structlog.get_logger(__name__)
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0)
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0, max_concurrency=16)
 class RightsManager:
     """See the module's docstring, and `dr_cloud.rights.rights.Rights` for the methods."""
 
