@@ -87,10 +87,11 @@ class EmbeddedEngine:
 
     def answer(self, inputs: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """Answer each input. Never raises."""
-        with self._lock:
-            if self._plan is None:
-                return [no_answer(self.problem) for _ in inputs]
-            return [self._plan.decide(question) for question in inputs]
+        return [self._decide(question) for question in inputs]
+
+    def _decide(self, question: Mapping[str, Any]) -> Answer:
+        with self._lock:  # for one question: many of one caller do not keep the others waiting
+            return self._plan.decide(question) if self._plan is not None else no_answer(self.problem)
 
     def close(self) -> None:
         """Give the interpreter back."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from dr_cloud.model.errors import DrCloudError, InvalidError, UnavailableError
+from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.rights import (
     CACHE_SECONDS,
     GRACE_SECONDS,
@@ -36,13 +36,15 @@ from dr_cloud.rights.bundle import Signer, build_bundle
 from dr_cloud.rights.embedded import EmbeddedEngine
 from dr_cloud.rights.engine import Engine, no_answer
 from dr_cloud.rights.grant import Grant, issue
-from dr_cloud.rights.regulation import check_modules, next_boundary_s, question_input
+from dr_cloud.rights.regulation import POLICIES, check_modules, load_policies, next_boundary_s, question_input
 from dr_cloud.rights.rights import GrantRequest
+from dr_cloud.rights.trial import try_bundle
 
 SETTLE_SECONDS: Final = 3.0
 """How long an engine may take to come to a new revision before that is a problem."""
 _CACHE_ENTRIES_MAX: Final = 20_000
-_PROBE: Final = Question(action=Action.OPERATE, enterprise="probe")
+_WAIT_SECONDS: Final = 1.2
+"""How long a question waits for that. Who asks gives up after two seconds."""
 
 
 class _Cache:
@@ -95,6 +97,8 @@ class RightsService:
         self._put_at = 0.0
         self._cache = _Cache()
         self._cached_until: int | None = None
+        self._good = [load_policies().modules] if POLICIES.is_dir() else []
+        """Modules that need no trial: the product's own, and those that have had one."""
 
     @property
     def public_key(self) -> str:
@@ -145,8 +149,9 @@ class RightsService:
 
     def _settle(self) -> bool:
         """Wait while the engine may still come to the newest revision; return whether it has."""
+        until = min(time.monotonic() + _WAIT_SECONDS, self._put_at + SETTLE_SECONDS)
         while self._engine.revision != self._wanted:
-            if time.monotonic() - self._put_at > SETTLE_SECONDS:
+            if time.monotonic() >= until:
                 return False
             time.sleep(0.05)
         return True
@@ -201,7 +206,7 @@ class RightsService:
         Raises:
             InvalidError: They cannot be used; nothing was changed.
         """
-        self._tried(sources, self._facts or Facts(data_centers={}, enterprises={})).close()
+        self._try(sources, self._facts or Facts(data_centers={}, enterprises={}))
         with self._lock:
             self._put(sources, self._facts)
             return self._wanted
@@ -223,20 +228,13 @@ class RightsService:
         mechanisms = self._sources.regulation.mechanisms if self._sources is not None else []
         self._cached_until = next_boundary_s(mechanisms, int(now))
 
-    def _tried(self, sources: PolicySources, facts: Facts) -> EmbeddedEngine:
-        """Return an engine of its own that decides by these. Raises `InvalidError` if they cannot be used."""
-        engine = EmbeddedEngine()
-        try:
-            engine.load(build_bundle(check_modules(sources), facts, self._signer)[1], self._signer.public)
-            (answer,) = engine.answer([question_input(_PROBE, int(self._clock_s()))])
-            if not answer.answered:
-                raise InvalidError(f"the policies do not decide: {answer.reasons[0]}", "See policies/README.md.")
-            if answer.allow:
-                raise InvalidError("the policies allow what is not known at all", "Allow only what is known.")
-        except BaseException:
-            engine.close()
-            raise
-        return engine
+    def _try(self, sources: PolicySources, facts: Facts) -> bytes:
+        """Return a bundle of these, tried if its modules are new here. Raises `InvalidError` if it cannot be used."""
+        _, bundle = build_bundle(check_modules(sources), facts, self._signer)
+        if sources.modules not in self._good:
+            try_bundle(bundle, self._signer.public, int(self._clock_s()))
+            self._good.append(sources.modules)
+        return bundle
 
     def what_if(self, sources: PolicySources, questions: Sequence[Question]) -> list[Answer]:
         """Answer by other policies, with the facts as they are; nothing is changed.
@@ -248,7 +246,8 @@ class RightsService:
         facts = self._facts
         if facts is None:
             raise UnavailableError("the rights manager has no facts yet", "Try again in a moment.")
-        engine = self._tried(sources, facts)
+        engine = EmbeddedEngine()
+        engine.load(self._try(sources, facts), self._signer.public)
         try:
             now_s = int(self._clock_s())
             return engine.answer([question_input(question, now_s) for question in questions])
