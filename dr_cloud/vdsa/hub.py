@@ -45,7 +45,6 @@ from dr_cloud.vdsa.ports import TapConnection
 from dr_cloud.vdsa.source_io import ReplacedError, SourceVdsa
 from dr_cloud.vdsa.taps import Announced
 
-_TICK_SECONDS_MAX: Final = 0.25
 _HELLO_SECONDS: Final = 30.0
 _MATCH_SECONDS: Final = 1.0
 _SUCCESSOR_SECONDS: Final = 30.0
@@ -347,8 +346,9 @@ class SourceHub:
         loop = asyncio.get_running_loop()
         match_at = 0.0
         while True:
+            now_ns = time.monotonic_ns()
             sources = [known.source for known in self._replications.values() if known.source is not None]
-            await asyncio.sleep(min((source.tick_seconds for source in sources), default=_TICK_SECONDS_MAX))
+            await asyncio.sleep(min((source.tick_seconds(now_ns) for source in sources), default=_MATCH_SECONDS))
             now_ns = time.monotonic_ns()
             for known in self._replications.values():
                 if known.source is not None:
@@ -371,9 +371,11 @@ class SourceHub:
         seen = {}
         for port in self._ports.values():
             if (hello := port.hello) is not None:
-                seen[hello.tap] = SeenServer(
-                    name=hello.server, host=port.host, tap=hello.tap, disks=hello.disks, connected=True
-                )
+                if port.seen is None:
+                    port.seen = SeenServer(
+                        name=hello.server, host=port.host, tap=hello.tap, disks=hello.disks, connected=True
+                    )
+                seen[hello.tap] = port.seen
         return list(seen.values())
 
     def reports(self) -> list[SourceReport]:

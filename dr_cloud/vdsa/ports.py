@@ -13,6 +13,7 @@ from typing import Final, Protocol, cast
 import structlog
 
 from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.replication import SeenServer
 from dr_cloud.tap import wire
 from dr_cloud.vdsa.feed import FeedParser, Record
 
@@ -43,6 +44,7 @@ class TapConnection(asyncio.BufferedProtocol):
         host: Where the tap is: told by where it was listened for.
         begun: Event loop time of its beginning.
         closed: Whether it has ended, or is about to.
+        seen: What is told of its server; made when it is first asked for.
     """
 
     def __init__(self, owner: PortOwner, number: int, host: str) -> None:
@@ -54,6 +56,7 @@ class TapConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._reading = True
         self.closed = False
+        self.seen: SeenServer | None = None
 
     @property
     def hello(self) -> wire.Hello | None:

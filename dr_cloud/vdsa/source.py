@@ -368,6 +368,12 @@ class SourceCore:
                 self._late += self.linked
         return self._finish()
 
+    def quiet_seconds(self, now_ns: int) -> float:
+        """Return for how long the clock brings nothing: until a checkpoint is due; 0 while something is under way."""
+        if not self.linked or self._requests or self._rounds.running or self._outbox.under_way:
+            return 0.0
+        return max(0, self._due_ns - now_ns) / SECOND_NS
+
     def end_hold(self, question: int) -> list[Action]:
         """`SourceLimits.hold_seconds` have passed since `EndHold`."""
         self._end_round(self._rounds.end_hold(question, self._now_ns))

@@ -68,7 +68,8 @@ _PING_NS: Final = 10 * SECOND_NS
 _SILENCE_NS: Final = 30 * SECOND_NS
 _WELCOME_SECONDS: Final = 30.0
 _TICK_SECONDS_MIN: Final = 0.05
-_TICK_SECONDS_MAX: Final = 0.25
+_TICK_SECONDS: Final = 0.25
+_TICK_SECONDS_MAX: Final = 1.0
 _WAIT_SECONDS_MIN: Final = 0.1
 _WAIT_SECONDS_MAX: Final = 5.0
 _ROOM_BYTES: Final = 2 << 20
@@ -289,10 +290,11 @@ class SourceVdsa:
             self.problem = str(error) or repr(error)
             self.stopped.set_exception(error)
 
-    @property
-    def tick_seconds(self) -> float:
-        """How often `tick` is to be called."""
-        return max(_TICK_SECONDS_MIN, min(_TICK_SECONDS_MAX, self.orders.checkpoint_seconds / 4))
+    def tick_seconds(self, now_ns: int) -> float:
+        """Return after how long `tick` is to be called: when a checkpoint is due, and often while much goes on."""
+        quiet_seconds = min(_TICK_SECONDS_MAX, self.core.quiet_seconds(now_ns))
+        often_seconds = min(_TICK_SECONDS, self.orders.checkpoint_seconds / 4)
+        return max(_TICK_SECONDS_MIN, quiet_seconds or often_seconds)
 
     def tick(self, now_ns: int) -> None:
         """The monotonic clock moved on."""
