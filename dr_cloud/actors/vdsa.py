@@ -27,7 +27,6 @@ import asyncio
 import math
 import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -51,7 +50,7 @@ from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteR
 from dr_cloud.rights.grant import verify
 from dr_cloud.seal.identity import replace_file
 from dr_cloud.seal.keyring import Keyring
-from dr_cloud.site.follower import essence
+from dr_cloud.site.follower import VERSION, essence
 from dr_cloud.site.orders import refused_target
 from dr_cloud.store.store import Store
 from dr_cloud.tap.memory import keep_freed_memory
@@ -257,7 +256,7 @@ class Vdsa:
         report = SiteReport(
             revision=self._orders.revision,
             time_ns=time.time_ns(),
-            version=version("dr-cloud"),
+            version=VERSION,
             hosts=[HostReport(host=host, vdsa="installed", servers=self._seen())],
             sources=[report for hub in self._hubs.values() for report in hub.reports()],
             targets=[*self._vdsa.reports(), *(refused_target(*item) for item in self._targets.refused().items())],
