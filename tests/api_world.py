@@ -55,6 +55,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "start_tests": {"target": "{target}", "times_ns": [1]},
     "stop_test": {"verdict": "passed"},
     "collect_logs": {"site": "{site}"},
+    "apply_policies": {},
+    "what_if": {},
 }
 """By operation, a body that names all that it can name."""
 PROVIDERS = {"target_host": "compute", "datastore": "gold", "data_center": "us-east", "fresh": "fresh"}

@@ -111,6 +111,12 @@ def _tenant(enterprise: AnyTenant) -> str:
 Tenant = Annotated[str, Depends(_tenant)]
 
 
+class GzipResponse(Response):
+    """An archive."""
+
+    media_type = "application/gzip"
+
+
 class Links:
     """Adds to an answer where its next page is."""
 

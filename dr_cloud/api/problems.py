@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from dr_cloud.model.errors import (
     ConflictError,
+    DeniedError,
     DrCloudError,
     ForbiddenError,
     LimitError,
@@ -33,6 +34,7 @@ _LOG = structlog.get_logger(__name__)
 
 _STATUS: Final[dict[type[DrCloudError], tuple[int, str]]] = {
     UnauthenticatedError: (401, "unauthenticated"),
+    DeniedError: (403, "denied"),
     ForbiddenError: (403, "forbidden"),
     NotFoundError: (404, "not-found"),
     ConflictError: (409, "conflict"),
@@ -70,6 +72,12 @@ class Problem(BaseModel):
     request_id: str = ""
     """As in the answer's header X-Request-ID and in the provider's log."""
     errors: list[FieldProblem] = []
+    reasons: list[str] = []
+    """Of a denial by policy: why."""
+    revision: str = ""
+    """Of the policies that denied it; empty if no engine answered."""
+    open: list[str] = []
+    """The data centers where policy would allow it, if it is about one."""
 
 
 def _answer(
@@ -80,6 +88,7 @@ def _answer(
     remedy: str = "",
     *,
     errors: list[FieldProblem] | None = None,
+    denial: DeniedError | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     problem = Problem(
@@ -91,6 +100,9 @@ def _answer(
         request_id=getattr(request.state, "request_id", ""),
         errors=errors or [],
     )
+    if denial is not None:
+        told = {"reasons": denial.reasons, "revision": denial.revision, "open": denial.open}
+        problem = problem.model_copy(update=told)
     more = dict(headers or {})
     if status == 401:
         more["WWW-Authenticate"] = "Bearer"
@@ -101,7 +113,8 @@ def _answer(
 
 async def _operating(request: Request, error: DrCloudError) -> JSONResponse:
     known = next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), (422, "invalid"))
-    return _answer(request, *known, str(error), error.remedy)
+    denial = error if isinstance(error, DeniedError) else None
+    return _answer(request, *known, str(error), error.remedy, denial=denial)
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

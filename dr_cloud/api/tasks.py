@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 from starlette.concurrency import run_in_threadpool
 
-from dr_cloud.api.deps import AnyTenant, IdPart, Linked, Manager, Narrowed, OnlyOnce, Waiting, Who, part
+from dr_cloud.api.deps import AnyTenant, GzipResponse, IdPart, Linked, Manager, Narrowed, OnlyOnce, Waiting, Who, part
 from dr_cloud.model import cloud as c
 from dr_cloud.model.provider import Name
 from dr_cloud.model.task import CompletionCode, Task, TaskStatus
@@ -22,12 +22,6 @@ class TaskQuery(Narrowed):
 
     vpg: Name | None = None
     status: TaskStatus | None = None
-
-
-class GzipResponse(Response):
-    """An archive."""
-
-    media_type = "application/gzip"
 
 
 @router.get("/tasks", tags=["tasks"])

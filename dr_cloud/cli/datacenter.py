@@ -15,7 +15,7 @@ app = group("The provider's data centers.")
 @command(app, "list")
 def list_centers(call: Call) -> None:
     """List data centers with the hosts, clusters, datastores and pools that a target may name."""
-    call.out.rows(call.client.data_centers(), "name jurisdiction location hosts datastores")
+    call.out.rows(call.client.data_centers(), "name jurisdiction location hosts datastores denied")
 
 
 @command(app, "show")

@@ -29,6 +29,7 @@ COMMANDS: Final = {
         "logs",
         "profile",
         "provider",
+        "rights",
         "site",
         "tap",
         "task",

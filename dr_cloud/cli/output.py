@@ -96,6 +96,18 @@ class Output:
             table.add_row(*(Text(_cell(name, _field(row, name))) for name in names))
         self._console.print(table)
 
+    def table(self, document: Any, header: list[str], rows: list[list[str]]) -> None:
+        """Print the document, or for people a table made of it."""
+        if self.as_json:
+            self.json([_plain(item) for item in document] if isinstance(document, list) else _plain(document))
+            return
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for name in header:
+            table.add_column(Text(name), overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self._console.print(table)
+
     def record(self, record: Any) -> None:
         """Print one record; people see a line for each field."""
         plain = _plain(record)

@@ -18,7 +18,7 @@ app = group("Who may call the API, and as what.")
 @command(app, "list")
 def list_tokens(call: Call) -> None:
     """List tokens, without their secrets."""
-    call.out.rows(call.client.tokens(), "id name role enterprise expires_ns revoked_ns last_used_ns")
+    call.out.rows(call.client.tokens(), "id name role enterprise place expires_ns revoked_ns last_used_ns")
 
 
 @command(app, "create")
@@ -27,12 +27,21 @@ def create(
     name: Annotated[str, typer.Argument(help="For whom or what it is.")],
     role: Annotated[Role, typer.Option(help="What its bearer may do.")],
     days: Annotated[int, typer.Option(min=1, max=366, help="How long it lasts.")] = 90,
+    place: Annotated[
+        str | None, typer.Option(help="The jurisdiction its bearer sits in; without: the enterprise's own.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the secret to this new file (0600), do not print it.")] = None,
 ) -> None:
     """Make a token, of the enterprise that --enterprise names, or of the provider. Its secret is shown once."""
     check_new(out)
     own = call.client.enterprise_name
-    request = TokenRequest(name=name, role=role, enterprise=None if own == "-" else own, lifetime_seconds=days * 86400)
+    request = TokenRequest(
+        name=name,
+        role=role,
+        enterprise=None if own == "-" else own,
+        place=place,
+        lifetime_seconds=days * 86400,
+    )
     made = call.client.create_token(request)
     if out is not None:
         write_new(out, f"{made.secret}\n".encode())

@@ -18,11 +18,13 @@ from pydantic import BaseModel
 from dr_cloud.client.events import EventSource
 from dr_cloud.client.session import Parameters, Session, next_path
 from dr_cloud.model import cloud as c
+from dr_cloud.model import decision as d
 from dr_cloud.model import watch as w
 from dr_cloud.model.errors import LimitError
 from dr_cloud.model.journal import Write
 from dr_cloud.model.pairing import PairAnswer, PairRequest
 from dr_cloud.model.provider import EnterpriseConfig
+from dr_cloud.model.rights import RightsState, WhatIf
 from dr_cloud.model.task import CompletionCode, Task, TaskStatus
 from dr_cloud.model.vpg import ProtectedServer, VpgSettings, VpgState, VpgStatus
 
@@ -38,7 +40,7 @@ def _path(*parts: str) -> str:
 
 
 def _dump(body: BaseModel | None) -> Any:
-    return None if body is None else body.model_dump(mode="json")
+    return None if body is None else body.model_dump(mode="json", by_alias=True)
 
 
 class Client:
@@ -367,6 +369,49 @@ class Client:
     def log_archive(self, task: str) -> bytes:
         """Download the archive of a collection that is done."""
         return self._session.call("GET", _path("tasks", task, "archive"), timeout_seconds=300.0).content
+
+    # rights
+
+    def rights_state(self) -> RightsState:
+        """Tell how the rights manager stands."""
+        return self._get(RightsState, _path("rights"))
+
+    def rights_matrix(self) -> list[d.EnterpriseRights]:
+        """Tell which enterprise's data may come to which data center."""
+        answer = self._session.call("GET", _path("rights", "matrix"))
+        return [d.EnterpriseRights.model_validate(item) for item in answer.json()]
+
+    def explain(self, enterprise: str = "") -> d.EnterpriseRights:
+        """Tell where an enterprise's data may come to; the client's own if it is not named."""
+        path = _path("enterprises", enterprise, "rights") if enterprise else self._own("rights")
+        return self._get(d.EnterpriseRights, path)
+
+    def policies(self) -> Iterator[d.PolicyRevision]:
+        """List the policies that were put in force, newest first."""
+        return self._pages(d.PolicyRevision, _path("rights", "policies"))
+
+    def apply_policies(self, change: d.PolicyChange) -> d.PolicyRevision:
+        """Put other policies in force."""
+        return self._send(d.PolicyRevision, "POST", _path("rights", "policies"), change)
+
+    def what_if(self, change: d.PolicyChange) -> list[WhatIf]:
+        """Tell what a change of policies would stop or free."""
+        answer = self._session.call("POST", _path("rights", "what-if"), body=_dump(change), timeout_seconds=300.0)
+        return [WhatIf.model_validate(item) for item in answer.json()]
+
+    def rights_bundle(self) -> tuple[str, bytes]:
+        """Download (revision, the newest signed bundle)."""
+        answer = self._session.call("GET", _path("rights", "bundle"))
+        return answer.headers["etag"].strip('"'), answer.content
+
+    def decisions(self) -> Iterator[d.Decision]:
+        """List the record of decisions, oldest first: the enterprise's, or the provider's own."""
+        return self._pages(d.Decision, self._own("decisions"))
+
+    def verify_decisions(self) -> d.DecisionCheck:
+        """Tell whether that record is whole."""
+        path = self._own("decisions", "verify")
+        return d.DecisionCheck.model_validate_json(self._session.call("GET", path, timeout_seconds=300.0).content)
 
     # health
 

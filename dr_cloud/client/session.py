@@ -19,6 +19,7 @@ import stamina
 
 from dr_cloud.model.errors import (
     ConflictError,
+    DeniedError,
     DrCloudError,
     ForbiddenError,
     LimitError,
@@ -139,6 +140,9 @@ def _checked(response: httpx.Response) -> httpx.Response:
         problem = response.json()
         detail, remedy = str(problem["detail"]), str(problem.get("remedy", ""))
         request_id = str(problem.get("request_id", ""))
+        if str(problem.get("type", "")).endswith(":denied"):
+            told = problem["reasons"], str(problem["revision"]), problem["open"]
+            raise DeniedError(detail, remedy, *told)
     except (ValueError, KeyError, TypeError, AttributeError):
         detail, remedy, request_id = f"the answer was {response.status_code}", "Is that a provider's API?", ""
     if response.status_code >= 500 and response.status_code != 503:

@@ -25,6 +25,7 @@ from dr_cloud.model.cloud import (
     TokenRequest,
     VdsaDeployment,
 )
+from dr_cloud.model.decision import PolicyChange
 from dr_cloud.model.errors import ConflictError, DrCloudError, ForbiddenError, NotFoundError, UnauthenticatedError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import PairingToken, PairRequest
@@ -70,6 +71,7 @@ def arguments(name: str, enterprise: str, thing: str, site: str, ids: dict[str, 
         "timeout_seconds": 0.0,
         "data_center": "us-east",
         "name": "us-east",
+        "change": PolicyChange(),
     }
     special: dict[str, dict[str, Any]] = {
         "add_server": {"server": ProtectedServer(name="new")},
@@ -85,8 +87,14 @@ def arguments(name: str, enterprise: str, thing: str, site: str, ids: dict[str, 
     return {key: values[key] for key in parameters if key in values and key not in ("self", "who")}
 
 
-WITHOUT_ENTERPRISE = {"register_enterprise", "enterprises", "data_centers", "data_center", "events", "newest_event"}
-OF_CENTERS = {"center_hosts", "deploy_center_vdsa", "undeploy_center_vdsa"}
+WITHOUT_ENTERPRISE = {
+    "register_enterprise", "enterprises", "data_centers", "data_center", "events", "newest_event", "rights_matrix",
+    "rights_state",
+}  # fmt: skip
+OF_PROVIDER = {
+    "center_hosts", "deploy_center_vdsa", "undeploy_center_vdsa", "policies", "apply_policies", "what_if",
+    "rights_bundle",
+}  # fmt: skip
 
 
 def test_another_enterprises_things_are_not_there(world: World):
@@ -107,7 +115,7 @@ def test_another_enterprises_things_are_not_there(world: World):
         if name in WITHOUT_ENTERPRISE:
             continue
         call = getattr(world.cloud, name)
-        if name in OF_CENTERS:
+        if name in OF_PROVIDER:
             with pytest.raises(ForbiddenError):
                 call(acme, **arguments(name, "brit", "secret", "brit-hq", ids))
             continue

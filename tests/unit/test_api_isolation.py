@@ -22,9 +22,27 @@ OF_PROVIDER = {
     "center_hosts",
     "deploy_center_vdsa",
     "undeploy_center_vdsa",
+    "policies",
+    "apply_policies",
+    "what_if",
+    "rights_bundle",
 }
 """No enterprise's own people may: forbidden, whatever is aimed at."""
-NO_NAMES = {"enterprises", "data_centers", "data_center", "health", "alerts", "audit", "tasks", "tokens", "events"}
+NO_NAMES = {
+    "rights_state",
+    "rights_matrix",
+    "policies",
+    "rights_bundle",
+    "enterprises",
+    "data_centers",
+    "data_center",
+    "health",
+    "alerts",
+    "audit",
+    "tasks",
+    "tokens",
+    "events",
+}
 """Nothing of an enterprise is named in their path; their query and what they tell have tests of their own."""
 NARROWED = {"tokens", "tasks", "alerts", "audit", "health"}
 

@@ -33,6 +33,10 @@ TABLE: list[tuple[set[str], str]] = [
     ({PROVIDER_ADMIN}, "register_enterprise update_enterprise remove_enterprise"),
     ({PROVIDER_ADMIN}, "deploy_center_vdsa undeploy_center_vdsa"),
     ({PROVIDER_ADMIN, PROVIDER_OPERATOR}, "center_hosts"),
+    (ALL, "rights_state rights_matrix explain"),
+    (ADMINS | {AUDITOR}, "decisions verify_decisions"),
+    ({PROVIDER_ADMIN, PROVIDER_OPERATOR}, "policies what_if rights_bundle"),
+    ({PROVIDER_ADMIN}, "apply_policies"),
 ]
 WHO = {operation: roles for roles, names in TABLE for operation in names.split()}
 
