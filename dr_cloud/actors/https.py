@@ -41,6 +41,7 @@ def api_address(config: ProviderConfig) -> tuple[str, int]:
     kept = config.state / "api-port"
     if port == 0:
         if not kept.exists():
+            config.state.mkdir(parents=True, exist_ok=True, mode=0o700)
             replace_file(kept, str(free_port(host)), 0o600)
         port = int(kept.read_text())
     return host, port
