@@ -119,8 +119,10 @@ seen := [places.home, places.at(input.place)] if {
 
 seat := {"at": input.operator.jurisdiction, "what": "the person sits"}
 
+at_home if law.known({"at": places.home})
+
 ways := array.concat(to_place, to_person) if {
-	law.known({"at": places.home})
+	at_home
 	origins := places.origins
 	here := spots
 	viewed := seen
@@ -161,16 +163,24 @@ centers := {center.jurisdiction | center := data.data_centers[_]}
 reach[center] := ground if {
 	input.action == "connect"
 	some center in centers
-	ground := law.ground({"from": places.origins[0], "to": center}, object.union(input, {"action": "replicate"}))
+	ground := out(center)
 }
 
 reach[center] := ground if {
 	input.action == "connect"
 	some center in centers
-	not law.ground({"from": places.origins[0], "to": center}, object.union(input, {"action": "replicate"}))
-	back := object.union(input, {"action": "failback"})
-	ground := law.ground({"from": center, "to": places.origins[0]}, back)
-	law.ground({"from": places.home, "to": places.origins[0]}, back)
+	not out(center)
+	ground := back(center)
+}
+
+out(center) := law.ground({"from": places.origins[0], "to": center}, object.union(input, {"action": "replicate"}))
+
+# What is the enterprise's must be allowed in the data center first.
+back(center) := ground if {
+	asked := object.union(input, {"action": "failback"})
+	law.ground({"from": places.home, "to": center}, asked)
+	law.ground({"from": places.home, "to": places.origins[0]}, asked)
+	ground := law.ground({"from": center, "to": places.origins[0]}, asked)
 }
 
 reached := [ground | input.action == "connect"; ground := reach[_]]
@@ -253,7 +263,7 @@ lacks contains "it is not said which site connects" if {
 }
 
 strangers contains sprintf("enterprise %s is not known, or lies in no known jurisdiction", [input.enterprise]) if {
-	not law.known({"at": places.home})
+	not at_home
 }
 
 strangers contains sprintf("%s %s is not known", [place.kind, called(place)]) if {
