@@ -27,6 +27,7 @@ COMMANDS: Final = {
         "host",
         "keyring",
         "logs",
+        "probe",
         "profile",
         "provider",
         "rights",

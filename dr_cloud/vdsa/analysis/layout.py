@@ -46,24 +46,29 @@ class Layout(NamedTuple):
 def read_layout(kept: Kept) -> Layout:
     """Read the layout from the blocks kept; what it asks for is wanted from now on."""
     kept.begin()
-    table = read_table(kept.read, kept.size_bytes)
+    layout = layout_of(kept.read, kept.size_bytes)
+    kept.end()
+    return layout
+
+
+def layout_of(read: Read, size_bytes: int) -> Layout:
+    """Return the layout of a disk of `size_bytes` whose bytes `read` gives."""
+    table = read_table(read, size_bytes)
     whole = None
     if table.kind != "gpt":
         probes = _WHOLE_DISK_BOOT_SECTORS if table.kind else _PROBES
-        whole = _file_system(kept.read, 0, kept.size_bytes, probes)
+        whole = _file_system(read, 0, size_bytes, probes)
         if whole is not None:
             table = NO_TABLE
     partitions = [
         partition
         if partition.type_name in _CONTAINERS
         else partition.model_copy(
-            update={"file_system": _file_system(kept.read, partition.start_bytes, partition.size_bytes, _PROBES)}
+            update={"file_system": _file_system(read, partition.start_bytes, partition.size_bytes, _PROBES)}
         )
         for partition in table.partitions
     ]
-    layout = Layout(table._replace(partitions=partitions), whole, _boot_loader(kept.read, partitions))
-    kept.end()
-    return layout
+    return Layout(table._replace(partitions=partitions), whole, _boot_loader(read, partitions))
 
 
 def _file_system(read: Read, start: int, size_bytes: int, probes: tuple[Probe, ...]) -> FileSystem | None:

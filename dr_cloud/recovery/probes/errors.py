@@ -1,0 +1,7 @@
+"""How a probe says that its disks are bad."""
+
+from __future__ import annotations
+
+
+class FailedError(Exception):
+    """The test has failed; the message is its reason, one sentence for the person who reads the report."""

@@ -1,0 +1,153 @@
+"""The process of one probe, and the walls around it: `python -m dr_cloud.recovery.probes.inside`.
+
+    runner ──▶ keeper ──▶ process 1 of a new namespace: the probe ──▶ its programs, as a user of their own
+
+The keeper leaves the namespaces of processes, mounts, IPC and host name, starts process 1 and waits. When process 1 is
+gone, by its own end or killed, the kernel has ended every process below it, however deep it hid; with the last of them
+go the mounts, and with the mounts the loop devices. So there is nothing to clean up one by one, and nothing to forget.
+
+Who ends it: the probe, by returning; the runner, by SIGTERM to the keeper (time-out, stop); the kernel, when the runner
+or the keeper dies (each dies with its parent).
+
+The job comes as JSON on standard input. The verdict goes as JSON to the file descriptor that the job names; standard
+output and standard error are the probe's output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel
+
+from dr_cloud.model.errors import DrCloudError
+from dr_cloud.recovery.probes import kernel
+from dr_cloud.recovery.probes.bench import INSIDE, Bench
+from dr_cloud.recovery.probes.errors import FailedError
+from dr_cloud.recovery.probes.probe import make_probe
+from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeSpec
+
+USER_BASE: Final = 0x1000_0000
+"""A keeper's process id is added to it: a user that is nobody else's as long as the probe runs."""
+
+
+class Job(BaseModel):
+    """What the runner tells."""
+
+    spec: ProbeSpec
+    disks: dict[str, str]
+    """By name, the NBD addresses of those that the spec names."""
+    limits: ProbeLimits
+    folder: Path
+    """The probe's own; it is removed afterwards."""
+    runner: int
+    """Process id."""
+    verdict: int
+    """File descriptor."""
+
+
+class Verdict(BaseModel):
+    """What process 1 tells."""
+
+    passed: bool
+    reason: str
+
+
+def main() -> int:
+    """Be the keeper; return the exit code, 128 + the signal if process 1 was killed."""
+    kernel.die_with_parent()
+    job = Job.model_validate_json(sys.stdin.buffer.read())
+    if os.getppid() != job.runner:
+        return 1  # it died before it could take us with it
+    watched = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    user = USER_BASE + os.getpid()
+    kernel.unshare(kernel.NEW_PIDS | kernel.NEW_MOUNTS | kernel.NEW_IPC | kernel.NEW_UTS)
+    alive, keeper = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+        os.close(keeper)
+        os._exit(_first(job, user, alive))
+    os.close(job.verdict)
+    if signal.sigwait(watched) == signal.SIGTERM:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _first(job: Job, user: int, alive: int) -> int:
+    """Be process 1: build the walls, run the probe, tell."""
+    code = 1
+    try:
+        kernel.die_with_parent()
+        os.set_blocking(alive, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(alive, 1)
+            return 1  # the keeper is gone already
+        verdict = _verdict(job, user)
+        with open(job.verdict, "w") as file:
+            file.write(verdict.model_dump_json())
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
+
+
+def _verdict(job: Job, user: int) -> Verdict:
+    try:
+        _build_walls(job, user)
+        with Bench(job.spec, job.disks, job.limits, user) as bench:
+            return Verdict(passed=True, reason=make_probe(job.spec).run(bench))
+    except FailedError as failed:
+        return Verdict(passed=False, reason=str(failed))
+    except DrCloudError as error:
+        return Verdict(passed=False, reason=f"{error}. {error.remedy}".rstrip(". ") + ".")
+    except Exception as error:
+        traceback.print_exc()
+        return Verdict(passed=False, reason=f"the probe crashed: {type(error).__name__}: {error}".rstrip(": "))
+
+
+def _build_walls(job: Job, user: int) -> None:
+    """Make what only this probe sees: mounts, /proc, shared memory, its folder; then set the limits."""
+    socket.sethostname("probe")
+    kernel.mount("none", "/", "", kernel.PRIVATE_BELOW)
+    flags = kernel.NO_SUID | kernel.NO_DEVICES | kernel.NO_EXEC
+    kernel.mount("proc", "/proc", "proc", flags)
+    kernel.mount("tmpfs", "/dev/shm", "tmpfs", flags, f"mode=1777,size={job.limits.memory_bytes}")
+    # The way to the folder may be closed to the probe's user; /mnt never is.
+    folder = os.open(job.folder, os.O_PATH | os.O_DIRECTORY)
+    kernel.mount("tmpfs", "/mnt", "tmpfs", kernel.NO_SUID | kernel.NO_DEVICES, "mode=0755,size=16m")
+    INSIDE.mkdir()
+    kernel.mount(f"/proc/self/fd/{folder}", str(INSIDE), "", kernel.BIND)
+    os.close(folder)
+    os.chmod(INSIDE, 0o711)
+    for name in ("home", "artefacts"):
+        (INSIDE / name).mkdir(mode=0o700)
+        os.chown(INSIDE / name, user, user)
+    kernel.gain_nothing()
+    del os.environ["PYTHONPATH"]
+    os.environ.update(HOME=str(INSIDE / "home"), TMPDIR=str(INSIDE / "home"))
+    os.chdir(INSIDE / "home")
+    for kind, most in (
+        (resource.RLIMIT_AS, job.limits.memory_bytes),
+        (resource.RLIMIT_FSIZE, job.limits.scratch_bytes),
+        (resource.RLIMIT_NPROC, job.limits.processes),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Runs probes on the disks of one stack, each in a sandbox of its own, one after another.
+
+Layout: `<work_dir>/<probe's name>/…` are the artefacts that probes leave; `<work_dir>/.probe-…` is one probe's folder
+while it runs.
+
+Isolation: `inside.py` tells what walls there are. No probe changes a disk: each works on a copy-on-write layer of its
+own, which is gone with it. So the order of probes does not matter, and a verdict of one time stays true.
+
+What may happen: a time-out, a stop, a crash, a flood of output are each a failed test with the reason, and the other
+probes run. A runner that is killed takes its probe with it; the folder that it leaves is removed by the next run in the
+same `work_dir`.
+
+Retries: none. Two runs may share a `work_dir` if their probes have different names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import fnmatch
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from dr_cloud.model.errors import InvalidError
+from dr_cloud.nbd.uri import parse_uri
+from dr_cloud.recovery.probes.inside import Verdict
+from dr_cloud.recovery.probes.output import Output
+from dr_cloud.recovery.probes.probe import make_probe
+from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeResult, ProbeSpec, with_names
+from dr_cloud.recovery.probes.watch import watch
+
+_PREFIX: Final = ".probe-"
+
+
+def run_probes(
+    specs: Sequence[ProbeSpec],
+    disks: Mapping[str, str],
+    work_dir: Path,
+    limits: ProbeLimits | None = None,
+    stop: threading.Event | None = None,
+) -> list[ProbeResult]:
+    """Run the probes; return a result for each, in their order. Blocks; call it in a thread of its own.
+
+    Args:
+        specs: What to run.
+        disks: The stack's disks: name → NBD address.
+        work_dir: An existing folder for artefacts and scratch space.
+        limits: What each probe may use.
+        stop: Once it is set, the probe that runs is ended, and those left fail with that reason.
+
+    Raises:
+        InvalidError: A probe is not known, its parameters are wrong, or it names no disk; nothing has run.
+    """
+    if os.geteuid() != 0:
+        raise InvalidError("probes need root, for namespaces and mounts", "Run this as root.")
+    for name, uri in disks.items():
+        try:
+            parse_uri(uri)
+        except ValueError as error:
+            raise InvalidError(f"disk {name}: {error}") from None
+    named = with_names(specs)
+    chosen = []
+    for spec in named:
+        make_probe(spec)
+        matching = {name: uri for name, uri in sorted(disks.items()) if fnmatch.fnmatchcase(name, spec.disk)}
+        if not matching:
+            raise InvalidError(
+                f"probe {spec.name!r} names disk {spec.disk!r}, which is not here",
+                f"There are: {', '.join(sorted(disks)) or 'none'}.",
+            )
+        chosen.append(matching)
+    _sweep(work_dir)
+    run = _Run(work_dir, limits or ProbeLimits(), stop or threading.Event())
+    return [run.probe(spec, matching) for spec, matching in zip(named, chosen, strict=True)]
+
+
+class _Run:
+    """One call of `run_probes`."""
+
+    def __init__(self, work_dir: Path, limits: ProbeLimits, stop: threading.Event) -> None:
+        self._work_dir = work_dir
+        self._limits = limits
+        self._stop = stop
+
+    def probe(self, spec: ProbeSpec, disks: Mapping[str, str]) -> ProbeResult:
+        """Run one probe."""
+        started_ns, start = time.time_ns(), time.monotonic()
+        output = Output(spec.output_bytes_max)
+        artefacts: list[Path] = []
+        if self._stop.is_set():
+            verdict = Verdict(passed=False, reason="stopped before it began")
+        else:
+            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._work_dir))
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                job = {"spec": spec, "disks": disks, "limits": self._limits, "folder": folder.absolute()}
+                verdict = watch(job, output, self._stop)
+                artefacts = _keep(folder / "artefacts", self._work_dir / spec.name)
+            finally:
+                os.close(lock)
+                shutil.rmtree(folder, ignore_errors=True)
+        return ProbeResult(
+            probe=spec.name,
+            verdict="pass" if verdict.passed else "fail",
+            reason=verdict.reason,
+            output=output.text(),
+            output_cut=output.cut,
+            started_ns=started_ns,
+            seconds=time.monotonic() - start,
+            artefacts=artefacts,
+        )
+
+
+def _keep(made: Path, place: Path) -> list[Path]:
+    """Move artefacts where people find them. Links and other oddities that a program left are not followed."""
+    kept = []
+    for path in sorted(made.iterdir()) if made.is_dir() else []:
+        if path.is_file() and not path.is_symlink():
+            place.mkdir(exist_ok=True)
+            target = place / path.name
+            shutil.move(path, target)
+            os.chown(target, os.geteuid(), os.getegid())
+            target.chmod(0o600)
+            kept.append(target)
+    return kept
+
+
+def _sweep(work_dir: Path) -> None:
+    """Remove what a run that was killed has left: a folder that nobody holds."""
+    for folder in work_dir.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
