@@ -30,6 +30,7 @@ from dr_cloud.manager.questions import connects
 from dr_cloud.manager.record import Entry, append
 from dr_cloud.manager.tenancy import EVERYONE
 from dr_cloud.manager.vpgs import judge
+from dr_cloud.model.analysis import ServerAnalysis
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, SourceReport, TargetReport
 from dr_cloud.model.units import SECOND_NS
 
@@ -118,10 +119,7 @@ class Watch(Pairings, Dispatch):
                 self._context.registry.touch(session, enterprise)
             _take_servers(session, enterprise, site, _seen(report.hosts), now_ns)
             session.flush()
-            for analysis in report.analyses:
-                server = session.get(tables.Server, (enterprise, site, analysis.server))
-                if server is not None:
-                    server.analysis, server.analysed_ns = analysis.model_dump(mode="json"), now_ns
+            _take_analyses(session, enterprise, site, report.analyses, now_ns)
             for source in report.sources:
                 target = _target(session, source)
                 if target is not None and _vpg(session, target).source_site == site:
@@ -197,6 +195,7 @@ class Watch(Pairings, Dispatch):
             if row is None or not row.connected:
                 return False
             row.last_seen_ns = now_ns
+            _take_analyses(session, enterprise, site, report.analyses, now_ns)
             sent = session.scalars(select(target).join(vpg, of_vpg).where(vpg.source_site == site)).all()
             _take_sources(sent, report.sources, now_ns)
             if report.targets:
@@ -258,9 +257,9 @@ class Watch(Pairings, Dispatch):
         """Return what of a report is to be written now."""
         with self._written_lock:
             written = self._written.get(party)
-        if written is None or report.analyses or written.signature != hash(_signature(report)):
+        if written is None or written.signature != hash(_signature(report)):
             return "whole"
-        if now_ns - written.figures_ns < FIGURES_EVERY_NS:
+        if now_ns - written.figures_ns < FIGURES_EVERY_NS and not report.analyses:
             return ""
         return "figures" if written.settled and now_ns - written.whole_ns < WHOLE_EVERY_NS else "whole"
 
@@ -356,6 +355,13 @@ def _target(session: Session, told: SourceReport | TargetReport) -> tables.VpgTa
 
 def _vpg(session: Session, target: tables.VpgTarget) -> tables.Vpg:
     return session.get_one(tables.Vpg, (target.enterprise, target.vpg))
+
+
+def _take_analyses(session: Session, enterprise: str, site: str, told: Iterable[ServerAnalysis], now_ns: int) -> None:
+    for analysis in told:
+        server = session.get(tables.Server, (enterprise, site, analysis.server))
+        if server is not None:
+            server.analysis, server.analysed_ns = analysis.model_dump(mode="json"), now_ns
 
 
 def _take_sources(rows: Iterable[tables.VpgTarget], told: Iterable[SourceReport], now_ns: int) -> None:
