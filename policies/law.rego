@@ -43,34 +43,43 @@ preference := {"adequacy": 1, "clauses": 2, "derogation": 3}
 
 title := {"adequacy": "adequacy", "clauses": "contract clauses", "derogation": "a derogation"}
 
-# Every mechanism that holds here and now, as [preference, end as a negative number, reference, end, kind].
-in_force(way, asked) := entries if {
+# Every mechanism that holds here and now.
+in_force(way, asked) := mechanisms if {
 	sources := data.regulation.wholes[way.from]
 	destinations := data.regulation.wholes[way.to]
-	mechanisms := data.regulation.mechanisms
+	ways := data.regulation.mechanisms
 	now_s := asked.now_s
-	entries := [entry |
+	mechanisms := [mechanism |
 		from := sources[_]
 		to := destinations[_]
-		mechanism := mechanisms[from][to][_]
+		mechanism := ways[from][to][_]
 		mechanism.valid_from_s <= now_s
 		now_s < mechanism.valid_until_s
 		applies(mechanism, asked)
-		entry := [
-			preference[mechanism.kind],
-			0 - mechanism.valid_until_s,
-			mechanism.reference,
-			mechanism.valid_until,
-			mechanism.kind,
-		]
 	]
+}
+
+# The preferred one; of several of a kind the one that lasts longest; of those the first by name.
+best(mechanisms) := first if {
+	rank := min([preference[m.kind] | m := mechanisms[_]])
+	end_s := max([m.valid_until_s | m := mechanisms[_]; preference[m.kind] == rank])
+	names := {m.reference | m := mechanisms[_]; preference[m.kind] == rank; m.valid_until_s == end_s}
+	name := min(names)
+	firsts := [m | m := mechanisms[_]; preference[m.kind] == rank; m.valid_until_s == end_s; m.reference == name]
+	first := firsts[0]
 }
 
 # The ground on which the way is open; undefined if it is closed.
 ground(way, _) := {"until_s": null, "reason": ""} if joined(way)
 
-ground(way, asked) := {"until_s": 0 - best[1], "reason": reason} if {
+ground(way, asked) := {"until_s": mechanism.valid_until_s, "reason": reason} if {
 	not joined(way)
-	best := min(in_force(way, asked))
-	reason := sprintf("%s to %s on %s: %s, until %s", [way.from, way.to, title[best[4]], best[2], best[3]])
+	mechanism := best(in_force(way, asked))
+	reason := sprintf("%s to %s on %s: %s, until %s", [
+		way.from,
+		way.to,
+		title[mechanism.kind],
+		mechanism.reference,
+		mechanism.valid_until,
+	])
 }

@@ -109,10 +109,9 @@ def question_input(question: Question, now_s: int) -> dict[str, Any]:
     return {**question.model_dump(mode="json"), "now_s": now_s}
 
 
-def next_boundary_s(mechanisms: Sequence[Mechanism], now_s: int) -> int | None:
-    """Return when the next mechanism begins or ends, in seconds since the epoch; None if none will."""
-    times = (time_s for m in mechanisms for time_s in (m.valid_from_s, m.valid_until_s) if time_s > now_s)
-    return min(times, default=None)
+def boundaries_s(mechanisms: Sequence[Mechanism]) -> list[int]:
+    """Return when mechanisms begin or end, in seconds since the epoch and in order."""
+    return sorted({time_s for mechanism in mechanisms for time_s in (mechanism.valid_from_s, mechanism.valid_until_s)})
 
 
 def documents(sources: PolicySources, facts: Facts) -> tuple[str, Mapping[str, Any]]:

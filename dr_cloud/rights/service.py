@@ -15,6 +15,7 @@ Crash recovery
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from dr_cloud.rights.bundle import Signer, build_bundle
 from dr_cloud.rights.embedded import EmbeddedEngine
 from dr_cloud.rights.engine import Engine, no_answer
 from dr_cloud.rights.grant import Grant, issue
-from dr_cloud.rights.regulation import POLICIES, check_modules, load_policies, next_boundary_s, question_input
+from dr_cloud.rights.regulation import POLICIES, boundaries_s, check_modules, load_policies, question_input
 from dr_cloud.rights.rights import GrantRequest
 from dr_cloud.rights.trial import try_bundle
 
@@ -51,22 +52,22 @@ class _Cache:
     """Answers of the last moments, under one revision. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._answers: dict[str, tuple[float, Answer]] = {}
+        self._answers: dict[str, tuple[float, float, Answer]] = {}
         self._revision = ""
 
     def get(self, key: str, now: float, revision: str) -> Answer | None:
         if revision != self._revision:
             self._answers.clear()
             self._revision = revision
-        at, answer = self._answers.get(key, (0.0, None))
-        return answer if answer is not None and 0 <= now - at < CACHE_SECONDS else None
+        at, until, answer = self._answers.get(key, (0.0, 0.0, None))
+        return answer if at <= now < until else None
 
-    def put(self, key: str, now: float, answer: Answer) -> None:
+    def put(self, key: str, now: float, until: float, answer: Answer) -> None:
         if answer.revision != self._revision:
             return
         if len(self._answers) >= _CACHE_ENTRIES_MAX:
             self._answers.clear()
-        self._answers[key] = (now, answer)
+        self._answers[key] = (now, until, answer)
 
     def clear(self) -> None:
         self._answers.clear()
@@ -96,7 +97,7 @@ class RightsService:
         self._bundle = b""
         self._put_at = 0.0
         self._cache = _Cache()
-        self._cached_until: int | None = None
+        self._boundaries: list[int] = []
         self._good = [load_policies().modules] if POLICIES.is_dir() else []
         """Modules that need no trial: the product's own, and those that have had one."""
 
@@ -118,9 +119,6 @@ class RightsService:
         now = self._clock_s()
         keys = [question.model_dump_json() for question in questions]
         with self._lock:
-            if self._cached_until is not None and now >= self._cached_until:
-                self._cache.clear()
-                self._note_boundary(now)
             revision = self._engine.revision
             known = {key: answer for key in keys if (answer := self._cache.get(key, now, revision)) is not None}
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
@@ -132,10 +130,12 @@ class RightsService:
         outdated = {key: questions[key] for key, a in answers.items() if a.answered and not a.allow and self._old(a)}
         if outdated and self._settle():
             answers |= self._ask(outdated, self._clock_s())
+        boundary_s = self._boundary_s(now)
+        until = now + CACHE_SECONDS if boundary_s is None else min(now + CACHE_SECONDS, boundary_s)
         with self._lock:
             for key, answer in answers.items():
                 if answer.answered:
-                    self._cache.put(key, now, answer)
+                    self._cache.put(key, now, until, answer)
         return answers
 
     def _ask(self, questions: dict[str, Question], now: float) -> dict[str, Answer]:
@@ -177,19 +177,18 @@ class RightsService:
 
     def state(self) -> RightsState:
         """Return how it stands. Never raises."""
-        revision, wanted, sources = self._engine.revision, self._wanted, self._sources
+        revision, wanted = self._engine.revision, self._wanted
         problem = self._engine.problem
         if not wanted:
             problem = problem or "there are no policies or no facts yet"
         elif not problem and revision != wanted and time.monotonic() - self._put_at > SETTLE_SECONDS:
             problem = f"it decides by revision {revision or 'none'}, and {wanted} is the newest"
-        mechanisms = sources.regulation.mechanisms if sources is not None else []
         return RightsState(
             engine=self._engine.kind,
             wanted=wanted,
             revision=revision,
             problem=problem,
-            boundary_s=next_boundary_s(mechanisms, int(self._clock_s())),
+            boundary_s=self._boundary_s(self._clock_s()),
         )
 
     # -- what it decides by --
@@ -222,11 +221,13 @@ class RightsService:
                 self._wanted, self._bundle, self._put_at = revision, bundle, time.monotonic()
         self._sources, self._facts = sources, facts
         self._cache.clear()
-        self._note_boundary(self._clock_s())
+        self._boundaries = boundaries_s(sources.regulation.mechanisms) if sources is not None else []
 
-    def _note_boundary(self, now: float) -> None:
-        mechanisms = self._sources.regulation.mechanisms if self._sources is not None else []
-        self._cached_until = next_boundary_s(mechanisms, int(now))
+    def _boundary_s(self, now: float) -> int | None:
+        """Return when the next mechanism begins or ends."""
+        boundaries = self._boundaries
+        place = bisect.bisect_right(boundaries, int(now))
+        return boundaries[place] if place < len(boundaries) else None
 
     def _try(self, sources: PolicySources, facts: Facts) -> bytes:
         """Return a bundle of these, tried if its modules are new here. Raises `InvalidError` if it cannot be used."""
