@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session, selectinload
 
 from dr_cloud.manager import tables
@@ -169,7 +169,7 @@ class Watch(Pairings, Dispatch):
             )
             self._take_center_servers(session, data_center, here, _seen(report.hosts), now_ns)
             parties, settled = self._follow(session, here, now_ns, events)
-        self._note_written(party, report, now_ns, settled)
+        self._note_written(party, report, now_ns, settled and not report.sources)
         self._publish(parties)
         self._emit(events)
 
@@ -195,6 +195,8 @@ class Watch(Pairings, Dispatch):
             if row is None or not row.connected:
                 return False
             row.last_seen_ns = now_ns
+            for seen, there in ((tables.Host, tables.Host.present), (tables.Server, tables.Server.connected)):
+                session.execute(update(seen).where(seen.site == site, there).values(last_seen_ns=now_ns))
             _take_analyses(session, enterprise, site, report.analyses, now_ns)
             sent = session.scalars(select(target).join(vpg, of_vpg).where(vpg.source_site == site)).all()
             _take_sources(sent, report.sources, now_ns)
@@ -204,20 +206,14 @@ class Watch(Pairings, Dispatch):
         return True
 
     def _write_host_figures(self, data_center: str, host: str, report: SiteReport, now_ns: int) -> None:
-        """Write the figures of a data center's host."""
-        vpg, target = tables.Vpg, tables.VpgTarget
-        of_vpg = (vpg.enterprise == target.enterprise) & (vpg.name == target.vpg)
-        here = (vpg.source_site == data_center) & (vpg.source_host == host) & vpg.source_in_center
+        """Write the figures of a data center's host that is the source of nothing."""
+        target = tables.VpgTarget
         there = (target.site == data_center) & (target.placed_host == host) & target.in_center
         with self._database.write(EVERYONE) as session:
             row = session.get(tables.CenterHost, (data_center, host))
             if row is None:
                 raise missing("host", host)
             row.last_seen_ns = now_ns
-            if report.sources:
-                _take_sources(
-                    session.scalars(select(target).join(vpg, of_vpg).where(here)).all(), report.sources, now_ns
-                )
             _take_targets(session.scalars(select(target).where(there)).all(), report.targets, now_ns)
         self._note_figures(Party("host", data_center, host), now_ns)
 

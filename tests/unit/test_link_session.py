@@ -287,6 +287,19 @@ async def test_an_idle_link_lives() -> None:
         assert not site.reason and not provider.reason
 
 
+async def test_nobody_is_asked_whether_he_is_there_while_he_is_heard() -> None:
+    async with linked(ping_seconds=0.1) as (site, provider):
+        provider.on_channel = echo
+        stream = await site.open("replication", {})
+        for _ in range(40):
+            await stream.send("here")
+            assert await stream.receive() == "here"
+            await asyncio.sleep(0.01)
+        assert '{"type":"ping"}' not in carrier_of(site).sent + carrier_of(provider).sent
+        await asyncio.sleep(0.4)
+        assert '{"type":"ping"}' in carrier_of(site).sent + carrier_of(provider).sent
+
+
 @pytest.mark.parametrize("garbage", [b"garbage", "garbage", b"\x00" * 12, '{"type":"close","channel":0,"fault":null}'])
 async def test_a_malformed_peer_is_told_and_the_other_sessions_go_on(garbage: str | bytes) -> None:
     """R11: one tenant's broken end touches nobody else's link."""
