@@ -9,10 +9,11 @@ which every engine holds exactly.
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.provider import Jurisdiction, Name
@@ -116,6 +117,14 @@ def _time_ns(text: str) -> int:
         raise ValueError(f"{error}. {error.remedy}") from None
 
 
+def _time_text(value: object) -> object:
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+_Time = Annotated[str, BeforeValidator(_time_text)]
+"""YAML makes a time of what looks like one."""
+
+
 class Mechanism(_Record):
     """A legal ground on which data may leave one jurisdiction for another."""
 
@@ -130,8 +139,8 @@ class Mechanism(_Record):
     enterprises: list[Name] = []
     actions: list[Action] = []
     """Of a derogation: what it is for."""
-    valid_from: str
-    valid_until: str
+    valid_from: _Time
+    valid_until: _Time
     """RFC 3339 with a zone."""
 
     @model_validator(mode="after")
