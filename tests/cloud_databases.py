@@ -110,12 +110,12 @@ def postgres(request: pytest.FixtureRequest, require_tool: Callable[[str], str])
     return _server[0]
 
 
-def new_world(request: pytest.FixtureRequest, folder: Path) -> Iterator[World]:
+def new_world(request: pytest.FixtureRequest, folder: Path, kind: type[World] = World) -> Iterator[World]:
     """Give a manager on a new database of the kind `request.param`, with two enterprises."""
     url, drop = "", lambda: None
     if request.param == "postgresql":
         url, drop = request.getfixturevalue("postgres").create_migrated()
-    made = World(folder, url)
+    made = kind(folder, url)
     made.populate()
     yield made
     made.close()

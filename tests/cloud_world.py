@@ -29,7 +29,7 @@ from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
 from dr_cloud.rights.embedded import EmbeddedEngine
 from dr_cloud.rights.engine import no_answer
-from dr_cloud.rights.regulation import POLICIES, REGULATION, load_regulation
+from dr_cloud.rights.regulation import POLICIES, REGULATION, load_policies, load_regulation
 from dr_cloud.rights.service import RightsService
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.keyring import Keyring
@@ -74,15 +74,16 @@ LAW = load_regulation(POLICIES / REGULATION)
 """No border is open."""
 DATES = {"valid_from": "2026-01-01T00:00:00Z", "valid_until": "2099-01-01T00:00:00Z"}
 BRIDGE = {"kind": "adequacy", "from": "USA", "to": "UK", "reference": "UK-US bridge", **DATES}
-OPEN_LAW = Regulation.model_validate(LAW.model_dump(by_alias=True) | {"mechanisms": [BRIDGE]})
-"""From the USA data may go to the UK, as it is at first in these worlds."""
+BACK = BRIDGE | {"from": "UK", "to": "USA"}
+OPEN_LAW = Regulation.model_validate(LAW.model_dump(by_alias=True) | {"mechanisms": [BRIDGE, BACK]})
+"""Between the USA and the UK data may go, as it is at first in these worlds."""
 
 
 def write_policies(folder: Path, regulation: Regulation) -> Path:
     """Write the product's policies with another regulation; return the folder."""
     folder.mkdir(parents=True)
-    for path in POLICIES.glob("*.rego"):
-        (folder / path.name).write_text(path.read_text())
+    for name, text in load_policies().modules.items():
+        (folder / name).write_text(text)
     (folder / REGULATION).write_text(regulation.model_dump_json(by_alias=True))
     return folder
 
@@ -233,7 +234,14 @@ class World:
     """A manager, its fabric and its clock; two enterprises, each with one site of one host and two servers."""
 
     def __init__(
-        self, folder: Path, url: str = "", store: Store | None = None, *, start: bool = True, now_ns: int = START_NS
+        self,
+        folder: Path,
+        url: str = "",
+        store: Store | None = None,
+        *,
+        start: bool = True,
+        now_ns: int = START_NS,
+        config: ProviderConfig = CONFIG,
     ) -> None:
         self.folder = folder
         self.url = url or f"sqlite:///{folder / 'manager.db'}"
@@ -247,7 +255,7 @@ class World:
         self.authority = Authority.open(folder, "provider", self.clock)
         policies = folder / "policies"
         self.policies = policies if policies.exists() else write_policies(policies, OPEN_LAW)
-        self.config = CONFIG.model_copy(update={"rights": RightsConfig(policies=self.policies)})
+        self.config = config.model_copy(update={"rights": RightsConfig(policies=self.policies)})
         self.engine = MuteEngine()
         self.rights = RightsService(folder, self.engine, lambda: self.clock() / SECOND_NS)
         self.cloud = self.open()

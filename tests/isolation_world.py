@@ -166,6 +166,7 @@ class Provider:
         self.doors: dict[str, LinkServer] = {}
         self._admitted: set[Scope] = set()
         # What rounds of the monitor find is found now, so that later ones change nothing.
+        self.cloud.standing.look()
         self.cloud.monitor.judge()
         self.cloud.monitor.forecast()
 

@@ -1,124 +1,146 @@
-"""What tests of the rights manager share: the seed's facts, questions, both engines, and a server of bundles."""
+"""A manager over a real rights manager, in a world where borders matter: for tests of what the manager enforces.
+
+Between the USA and the UK data may go at first (`OPEN_LAW`); `world.law(LAW)` closes that. `us-west` has datastores
+whose bytes lie in APAC, the key of `us-keys` is held there; nothing opens the USA to APAC. `acme` and `brit` are at
+home in the USA, `isle` in Brazil, from where no data center can be reached.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-from dr_cloud.model.rights import (
-    Action,
-    DataCenterFacts,
-    EnterpriseFacts,
-    Facts,
-    Operator,
-    Place,
-    PolicySources,
-    Question,
-    Regulation,
-)
-from dr_cloud.rights.regulation import load_policies
+from cloud_world import CONFIG, World, settings
 
-NOW_S = 1_800_000_000
-SEED_CENTERS = {"us-east": "USA", "us-west": "USA", "uk-south": "UK", "apac-1": "APAC"}
-SEED_ENTERPRISES = {"acme-us": "USA", "brit-uk": "UK", "coral-apac": "APAC"}
-OWNERS = {"acme-us": "acme-holding", "brit-uk": "acme-holding", "coral-apac": "coral"}
+from dr_cloud.manager import tables
+from dr_cloud.manager.cloud import SYSTEM
+from dr_cloud.manager.tenancy import EVERYONE
+from dr_cloud.model.cloud import PageRequest, TokenRequest
+from dr_cloud.model.decision import Decision, PolicyChange, PolicyRevision
+from dr_cloud.model.ids import Scope
+from dr_cloud.model.pairing import PairingToken, PairRequest
+from dr_cloud.model.principal import Principal, Role
+from dr_cloud.model.provider import DataCenterConfig, EnterpriseConfig, ProviderConfig, SiteConfig
+from dr_cloud.model.rights import Regulation
+from dr_cloud.model.vpg import VpgSettings
+from dr_cloud.seal.identity import new_key_and_csr
 
-
-def center_facts(jurisdiction: str, keys: str = "", **datastores: str) -> DataCenterFacts:
-    stores = {"ds-1": jurisdiction} | {name.replace("_", "-"): where for name, where in datastores.items()}
-    return DataCenterFacts(jurisdiction=jurisdiction, keys=keys or jurisdiction, datastores=stores)
+UK = Scope("acme", "erp", "uk")
+US = Scope("acme", "erp", "us")
+BRITS = Scope("brit", "erp", "us")
 
 
-def seed_facts(**centers: DataCenterFacts) -> Facts:
-    """R13.1: USA enterprise A, UK enterprise B (of one owner), APAC enterprise C; four data centers."""
-    return Facts(
-        data_centers={name: center_facts(where) for name, where in SEED_CENTERS.items()}
-        | {name.replace("_", "-"): facts for name, facts in centers.items()},
-        enterprises={
-            name: EnterpriseFacts(jurisdiction=where, owner=OWNERS[name], sites={"home": where, "branch": "UK"})
-            for name, where in SEED_ENTERPRISES.items()
-        },
-    )
+def _center(name: str, **more: Any) -> DataCenterConfig:
+    known = {"name": name, "jurisdiction": "USA", "hosts": [{"name": "h1", "datastores": ["ds-1"]}]}
+    stores = {"datastores": [{"name": "ds-1", "store": f"file:///stores/{name}/ds-1"}]}
+    return DataCenterConfig.model_validate({**known, **stores, **more})
 
 
-def mechanism(kind: str, from_: str, to: str, start_s: int = NOW_S - 100, end_s: int = NOW_S + 100, **more: Any) -> Any:
-    def told(at_s: int) -> str:
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_s))
-
-    return {
-        "kind": kind,
-        "from": from_,
-        "to": to,
-        "reference": f"{kind} {from_}-{to}",
-        "valid_from": told(start_s),
-        "valid_until": told(end_s),
-        **more,
+FAR = {"name": "far", "store": "file:///stores/us-west/far", "jurisdiction": "APAC"}
+NEAR = {"name": "near", "store": "file:///stores/us-west/near"}
+BORDERS: ProviderConfig = CONFIG.model_copy(
+    update={
+        "data_centers": [
+            _center(
+                "us-east",
+                datastores=[{"name": f"ds-{n}", "store": f"file:///stores/us-east/ds-{n}"} for n in (1, 2)],
+                hosts=[{"name": f"h{n}", "datastores": ["ds-1", "ds-2"]} for n in (1, 2)],
+                pools=[{"name": "gold", "datastores": ["ds-2"]}],
+                clusters=[{"name": "compute", "hosts": ["h2"]}],
+            ),
+            *(center for center in CONFIG.data_centers if center.name == "uk-south"),
+            _center(
+                "us-west",
+                datastores=[FAR, NEAR, {**FAR, "name": "abroad"}],
+                hosts=[{"name": "h1", "datastores": ["far", "near", "abroad"]}],
+                pools=[{"name": "mixed", "datastores": ["far", "near"]}],
+            ),
+            _center("us-keys", keys="APAC"),
+            _center("apac-1", jurisdiction="APAC"),
+        ]
     }
+)
 
 
-def sources_with(*mechanisms: Any, modules: dict[str, str] | None = None) -> PolicySources:
-    product = load_policies()
-    regulation = product.regulation.model_dump(mode="json", by_alias=True)
-    return PolicySources(
-        modules=modules or product.modules,
-        regulation=Regulation.model_validate(regulation | {"mechanisms": list(mechanisms)}),
-    )
+class RightsWorld(World):
+    """See the module's docstring."""
+
+    def __init__(self, folder: Path, url: str = "", **more: Any) -> None:
+        super().__init__(folder, url, **{"config": BORDERS, **more})
+
+    def populate(self) -> None:
+        super().populate()
+        self.register("isle", "BR")
+
+    def register(self, name: str, jurisdiction: str = "USA") -> None:
+        """Register an enterprise, whose site reports."""
+        site = SiteConfig(name=f"{name}-hq", jurisdiction=jurisdiction)
+        config = EnterpriseConfig(name=name, jurisdiction=jurisdiction, sites=[site])
+        self.cloud.register_enterprise(SYSTEM, config)
+        self.report(name)
+
+    def law(self, regulation: Regulation) -> PolicyRevision:
+        """Put another regulation in force."""
+        return self.cloud.apply_policies(SYSTEM, PolicyChange(regulation=regulation))
+
+    def person(self, enterprise: str | None, role: Role, place: str | None) -> Principal:
+        """Return someone who sits somewhere."""
+        request = TokenRequest(name=f"{role} in {place}", role=role, enterprise=enterprise, place=place)
+        return self.cloud.authenticate(self.cloud.create_token(SYSTEM, request).secret)
+
+    def two_targets(self, who: Principal) -> None:
+        """Protect servers in the USA and in the UK; both have checkpoints."""
+        self.protect(who, targets=[target("us", "us-east"), target("uk", "uk-south")])
+        self.journal(US)
+        self.journal(UK)
+
+    def pair(self, enterprise: str, site: str) -> str:
+        """Pair a site; return its certificate's serial."""
+        token = PairingToken.decode(self.cloud.create_pairing(SYSTEM, enterprise, site).token)
+        csr = new_key_and_csr()[1]
+        request = PairRequest(enterprise=enterprise, site=site, secret=token.secret, csr=csr)
+        return self.cloud.pair(request).serial
+
+    def look(self) -> None:
+        """Have what stands looked at, once."""
+        self.cloud.standing.look()
+
+    def decisions(self, enterprise: str | None = "acme") -> list[Decision]:
+        """Return an enterprise's whole record."""
+        return self.cloud.decisions(SYSTEM, enterprise, PageRequest(limit=1000)).items
+
+    def written(self, act: Callable[[], Any], enterprise: str = "acme") -> list[Decision]:
+        """Return the decisions that an act adds to an enterprise's record."""
+        before = len(self.decisions(enterprise))
+        act()
+        return self.later(before, enterprise)
+
+    def later(self, before: int, enterprise: str) -> list[Decision]:
+        """Return the decisions after the first so many, but for those about what stands, which come by themselves."""
+        return [decision for decision in self.decisions(enterprise)[before:] if decision.point != "standing"]
+
+    def denied(self, scope: Scope) -> str:
+        """Return why a target is stopped."""
+        with self.cloud._database.read(EVERYONE) as session:
+            return session.get_one(tables.VpgTarget, tuple(scope)).denied
 
 
-def center(name: str, datastore: str = "") -> Place:
-    return Place(kind="data center", name=name, datastore=datastore)
+def target(name: str, site: str, datastore: str = "ds-1") -> dict[str, str]:
+    """Return a target in a data center."""
+    return {"name": name, "site": site, "host": "h1", "datastore": datastore}
 
 
-def site(name: str = "home") -> Place:
-    return Place(kind="site", name=name)
+def to(site: str, datastore: str = "ds-1", name: str = "erp", **more: object) -> VpgSettings:
+    """Return settings of a VPG with one target."""
+    return settings(name, targets=[target("dr", site, datastore)], **more)
 
 
-def asked(action: str, enterprise: str, place: Place | None = None, seat: str | None = None, **more: Any) -> Question:
-    operator = None if seat is None else Operator(role="admin", jurisdiction=seat)
-    return Question(action=Action(action), enterprise=enterprise, place=place, operator=operator, **more)
-
-
-class BundleServer:
-    """Serves what `current` returns as (ETag, bundle) at /bundle, to who brings the token."""
-
-    def __init__(self, current: Callable[[], tuple[str, bytes]], token: str = "") -> None:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                etag, bundle = current()
-                if token and self.headers["Authorization"] != f"Bearer {token}":
-                    self.answer(401, b"")
-                elif self.headers["If-None-Match"] == f'"{etag}"':
-                    self.answer(304, b"")
-                else:
-                    self.answer(200, bundle, etag)
-
-            def answer(self, status: int, body: bytes, etag: str = "") -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                if etag:
-                    self.send_header("ETag", f'"{etag}"')
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/bundle"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-def eventually(done: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not come"
+def until(condition: Callable[[], object], seconds: float) -> float:
+    """Wait until something is so; return how many seconds it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it does not come to pass"
         time.sleep(0.02)
+    return time.monotonic() - began

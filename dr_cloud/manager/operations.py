@@ -159,18 +159,22 @@ class Change:
 
     def decide(self, point: Point, subject: str, questions: Sequence[Question]) -> list[Answer]:
         """Go on only if all of these are a yes. Raises `DeniedError`. Only in an operation that is `decided`."""
-        known = _known.get()
-        assert known is not None, "an operation that asks in its transaction is not @decided"
-        found = [known.get(question.model_dump_json()) for question in questions]
-        if unasked := [question for question, answer in zip(questions, found, strict=True) if answer is None]:
-            raise _UnaskedError(unasked)
-        answers = [answer for answer in found if answer is not None]
+        answers = self.ask(questions)
         entries = [Entry(point, subject, q, a) for q, a in zip(questions, answers, strict=True)]
         self.refused = [entry for entry in entries if not entry.answer.allow]
         if self.refused:
             raise denied(self.refused)
         self.decisions += entries
         return answers
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """Return the answers, without going by them. Only in an operation that is `decided`."""
+        known = _known.get()
+        assert known is not None, "an operation that asks in its transaction is not @decided"
+        found = [known.get(question.model_dump_json()) for question in questions]
+        if unasked := [question for question, answer in zip(questions, found, strict=True) if answer is None]:
+            raise _UnaskedError(unasked)
+        return [answer for answer in found if answer is not None]
 
     def done(self, answer: M) -> M:
         """Note the call's answer, and return it."""

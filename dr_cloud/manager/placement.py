@@ -8,7 +8,7 @@ go to the first name, so that the same question has the same answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from dr_cloud.model.cloud import DataCenter, Place
@@ -52,8 +52,16 @@ def shown(center: DataCenterConfig, *, to_provider: bool, denied: str = "") -> D
     )
 
 
-def choose(center: DataCenterConfig, host: str, datastore: str, load: Load, *, to_provider: bool) -> tuple[str, str]:
-    """Return (host, datastore) for a target.
+def choose(
+    center: DataCenterConfig,
+    host: str,
+    datastore: str,
+    load: Load,
+    *,
+    to_provider: bool,
+    closed: Collection[str] = (),
+) -> tuple[str, str]:
+    """Return (host, datastore) for a target; of a pool no datastore that is `closed`, while there is another.
 
     Raises:
         NotFoundError: The data center has no such place, or none that the caller may name.
@@ -68,13 +76,19 @@ def choose(center: DataCenterConfig, host: str, datastore: str, load: Load, *, t
             offered = ", ".join(place.name for place in places) or "none"
             raise NotFoundError(f"{center.name} has no {kind} {name!r}", f"Choose one of: {offered}.")
     hosts = next((cluster.hosts for cluster in center.clusters if cluster.name == host), [host])
-    stores = next((pool.datastores for pool in center.pools if pool.name == datastore), [datastore])
+    stores = behind(center, datastore)
+    stores = [store for store in stores if store not in closed] or stores
     reach = {h.name: [store for store in h.datastores if store in stores] for h in center.hosts if h.name in hosts}
     able = [name for name, reached in reach.items() if reached]
     if not able:
         raise InvalidError(f"{host} does not reach {datastore} in {center.name}", "Choose another host or datastore.")
     chosen = min(able, key=lambda name: (load.scopes.get(name, 0), name))
     return chosen, min(reach[chosen], key=lambda name: (load.bytes.get(name, 0), name))
+
+
+def behind(center: DataCenterConfig, datastore: str) -> list[str]:
+    """Return the datastores that a name stands for: a pool's, or itself."""
+    return next((pool.datastores for pool in center.pools if pool.name == datastore), [datastore])
 
 
 def store_of(center: DataCenterConfig, datastore: str) -> str | None:

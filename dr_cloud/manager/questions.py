@@ -46,6 +46,19 @@ def about_target(
     ]
 
 
+def keeps(vpg: tables.Vpg, target: str, data_center: str, datastore: str) -> Question:
+    """Return the question whether a VPG's data may be kept in a datastore that is not chosen yet."""
+    return Question(
+        action=Action.KEEP,
+        enterprise=vpg.enterprise,
+        source=place_of_source(vpg),
+        place=Place(kind="data center", name=data_center, datastore=datastore),
+        vpg=vpg.name,
+        target=target,
+        territory=vpg.settings.get("territory", []),
+    )
+
+
 HELD = (Action.REPLICATE, Action.KEEP)
 """What a target is for."""
 

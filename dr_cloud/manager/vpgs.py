@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, selectinload
 from dr_cloud.manager import tables
 from dr_cloud.manager.operations import Change, Operations, decided, missing
 from dr_cloud.manager.paging import paged
-from dr_cloud.manager.placement import Load, choose
+from dr_cloud.manager.placement import Load, behind, choose
 from dr_cloud.manager.protect import (
     apply,
     check_settings,
@@ -27,14 +27,14 @@ from dr_cloud.manager.protect import (
     target_party,
 )
 from dr_cloud.manager.publish import Party
-from dr_cloud.manager.questions import HELD, about_target
+from dr_cloud.manager.questions import HELD, about_target, keeps
 from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, view
 from dr_cloud.manager.tenancy import EVERYONE
 from dr_cloud.manager.vpgview import target_gone, vpg_view
 from dr_cloud.model.cloud import Page, PageRequest, Vpg, VpgFilter
 from dr_cloud.model.errors import ConflictError, InvalidError
 from dr_cloud.model.principal import Principal
-from dr_cloud.model.provider import ProviderConfig
+from dr_cloud.model.provider import DataCenterConfig, ProviderConfig
 from dr_cloud.model.task import Task, TaskStatus
 from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.vpg import (
@@ -248,8 +248,14 @@ class Vpgs(Operations):
             center = config.data_center(target.site)
             if center is None:
                 raise missing("data center", target.site)
-            load = self._load(target.site)
-            return choose(center, target.host, target.datastore, load, to_provider=who.enterprise is None)
+            return choose(
+                center,
+                target.host,
+                target.datastore,
+                self._load(target.site),
+                to_provider=who.enterprise is None,
+                closed=_closed(change, row, center, target),
+            )
 
         apply(change.session, config, row, settings, place)
         asked = [question for target in row.targets for question in about_target(row, target, HELD)]
@@ -388,6 +394,15 @@ def judge(session: Session, config: ProviderConfig, row: tables.Vpg, now_ns: int
         return False
     row.status = following.value
     return True
+
+
+def _closed(change: Change, row: tables.Vpg, center: DataCenterConfig, target: TargetConfig) -> set[str]:
+    """Return which of a pool are not for this VPG. Asked only where a pool lies on both sides of a border."""
+    stores = [store for store in center.datastores if store.name in behind(center, target.datastore)]
+    if len({store.jurisdiction or center.jurisdiction for store in stores}) < 2:
+        return set()
+    asked = [keeps(row, target.name, center.name, store.name) for store in stores]
+    return {store.name for store, answer in zip(stores, change.ask(asked), strict=True) if not answer.allow}
 
 
 def _ignore(_: object) -> None:

@@ -77,7 +77,7 @@ class Watch(Pairings, Dispatch):
             if answer.allow:
                 row.connected, row.last_seen_ns, row.denied = True, now_ns, ""
             elif answer.answered:
-                row.denied = "; ".join(answer.reasons)
+                row.connected, row.denied = False, "; ".join(answer.reasons)
         if not answer.allow:
             raise denied([entry])
         self._emit([(enterprise, "site", site, {"connected": True})])
