@@ -56,7 +56,7 @@ PROVIDER: dict[str, Any] = {
     ],
 }
 TENANTS = {"acme": ("USA", "chicago"), "brit": ("UK", "leeds")}
-"""The jurisdiction and the one site of each."""
+"""The jurisdiction and the one site of each. All have one owner, which opens nothing."""
 TRADE = [
     {
         "kind": "adequacy",
@@ -130,6 +130,7 @@ class CloudWorld(Processes):
         for name, (jurisdiction, site) in tenants.items():
             tenant = {
                 "name": name,
+                "owner": "holding",
                 "jurisdiction": jurisdiction,
                 "sites": [{"name": site, "jurisdiction": jurisdiction}],
             }
@@ -251,7 +252,7 @@ class CloudWorld(Processes):
 
     def newest_ns(self, server: Server) -> int:
         with contextlib.suppress(DrCloudError):
-            found = [c for c in self.client(server.enterprise).checkpoints(server.name) if c.testable]
+            found = [c for c in self.client(server.enterprise).checkpoints(server.name, target="east") if c.testable]
             return max((checkpoint.time_ns for checkpoint in found), default=0)
         return 0
 
@@ -267,7 +268,9 @@ class CloudWorld(Processes):
     def images(self, server: Server, times_ns: Sequence[int]) -> Mapping[int, bytes]:
         """Recovery tests at these times, all at once: what their disks hold."""
         client = self.client(server.enterprise)
-        task = self.done(server.enterprise, client.start_tests(server.name, TestsRequest(times_ns=sorted(times_ns))))
+        task = self.done(
+            server.enterprise, client.start_tests(server.name, TestsRequest(target="east", times_ns=sorted(times_ns)))
+        )
         found = {}
         tests = [test for test in client.tests(server.name) if test.task == task.id]
         for test in tests:
