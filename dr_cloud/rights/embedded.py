@@ -43,8 +43,8 @@ class _Plan:
                 self._interpreter.add_module(name, text)
             self._interpreter.add_data_json(json.dumps(_encoded(bundle.data)))
             self._plan = self._interpreter.build(f"data.{ENTRY}")
-        except regopy.RegoError as error:
-            raise InvalidError(f"the policies do not compile: {error}", "Correct them; test with: opa test") from None
+        except regopy.RegoError:
+            raise InvalidError("the policies do not compile", "Correct them; test with: opa check --strict") from None
         if not self._plan.ok():
             raise InvalidError("the policies do not compile", "Correct them; test with: opa check --strict")
 
@@ -52,10 +52,10 @@ class _Plan:
         try:
             self._interpreter.set_input(regopy.Input(_encoded(question)))
             output = self._interpreter.query_bundle(self._plan)
-            decision = output.results[0].expressions[0] if output.ok() else None
+            found = [expression for result in output.results for expression in result.expressions]
         except (regopy.RegoError, ValueError, TypeError, LookupError):
             return no_answer("the policies failed on this question")
-        return read_answer(_decoded(decision))
+        return read_answer(_decoded(found[0])) if len(found) == 1 else no_answer("the policies leave it undefined")
 
 
 class EmbeddedEngine:

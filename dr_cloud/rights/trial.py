@@ -20,6 +20,7 @@ from dr_cloud.rights.embedded import EmbeddedEngine
 from dr_cloud.rights.regulation import question_input
 
 TRIAL_SECONDS: Final = 20.0
+_MESSAGE_LENGTH_MAX: Final = 1000
 _UNKNOWN: Final = Question(action=Action.OPERATE, enterprise="unknown")
 
 
@@ -41,12 +42,15 @@ def try_bundle(bundle: bytes, public: str, now_s: int) -> None:
             "the embedded engine cannot compile the policies and ends on them",
             "Take back the last change to them; policies/README.md says what the engine does not understand.",
         )
+    *printed, said = done.stdout.decode(errors="replace").splitlines() or [""]
     try:
-        message, remedy = json.loads(done.stdout)
+        message, remedy = json.loads(said)
     except ValueError:
         raise InvalidError("the policies could not be tried", "Try again.") from None
     if message:
-        raise InvalidError(message, remedy)
+        # The compiler writes where the mistakes are to standard output.
+        where = [line for line in printed if line.strip("-~ ")]
+        raise InvalidError("; ".join([message, *where])[:_MESSAGE_LENGTH_MAX], remedy)
 
 
 def probe(bundle: bytes, public: str, now_s: int) -> None:
