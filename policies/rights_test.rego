@@ -197,6 +197,15 @@ test_without_data_nothing if {
 	count(answer.reasons) > 0
 }
 
+# A spot that lacks something makes fewer ways than there should be.
+half_a_spot(_) := [{"at": "USA"}]
+
+test_a_way_that_is_left_out_opens_nothing if {
+	ask({"action": "test"}).allow
+	answer := ask({"action": "test"}) with data.dr_cloud.places.spots as half_a_spot
+	not answer.allow
+}
+
 # -- territory ---------------------------------------------------------------------------------------------------------
 
 test_inside_the_territory if ask({"territory": ["APAC", "USA"]}).allow

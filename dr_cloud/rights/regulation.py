@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import dr_cloud
 from dr_cloud.model.errors import DrCloudError, InvalidError
 from dr_cloud.model.provider import load_yaml
 from dr_cloud.model.rights import Facts, Mechanism, PolicySources, Question, Regulation
 from dr_cloud.rights.engine import BATCH_FILE
 
-POLICIES: Final = Path(dr_cloud.__file__).resolve().parent.parent / "policies"
+POLICIES: Final = Path(__file__).resolve().parents[2] / "policies"
 """Those that come with the product."""
 REGULATION: Final = "regulation.yaml"
 ROOTS: Final = ("data_centers", "dr_cloud", "enterprises", "regulation", "revision")
