@@ -4,16 +4,21 @@
     python3 infra/tools.py --check   only say what is missing
 
 Debian packages are installed with apt-get when this user may (root, or sudo without a password). An S3 server and
-the policy server are built by `go install` from pinned versions into .tools/bin and kept there. The program itself
-needs none of this. With CI set, a missing tool is a failure (exit code 1); else it only means skipped tests.
+the policy server are built by `go install` from pinned versions into .tools/bin and kept there. A small guest for the
+tests that boot one (a kernel for virtual machines, a few of its modules, a static busybox) is unpacked from Debian's
+packages into .tools/guest; nothing of it is installed. The program itself needs none of this, but for the probes that
+a provider uses (docs/probes.md). With CI set, a missing tool is a failure (exit code 1); else it only means skipped
+tests.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -30,6 +35,7 @@ PACKAGES: Final = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
     "fio": "fio",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
@@ -46,6 +52,8 @@ PACKAGES: Final = {
     "mount": "mount",
     "unshare": "util-linux",
     "git": "git",
+    "setpriv": "util-linux",
+    "sqlite3": "sqlite3",
     "postgres": "postgresql",
     "ip": "iproute2",
     "nft": "nftables",
@@ -67,6 +75,20 @@ GO_PROGRAMS: Final = (
     GoProgram("opa", "github.com/open-policy-agent/opa", "v1.22.2"),
 )
 """An S3 server for the store's tests; the policy server, and what tests the policies."""
+
+
+GUEST: Final = ROOT / ".tools" / "guest"
+GUEST_FILES: Final = (
+    "vmlinuz-*",
+    "busybox",
+    "virtio.ko",
+    "virtio_ring.ko",
+    "virtio_pci_legacy_dev.ko",
+    "virtio_pci_modern_dev.ko",
+    "virtio_pci.ko",
+    "virtio_blk.ko",
+)
+"""The guest: a kernel, what runs in it, and the drivers of its disks in the order in which they are loaded."""
 
 
 def is_there(program: str) -> bool:
@@ -123,6 +145,34 @@ def build(program: GoProgram) -> None:
         (BIN / f"{program.name}.version").write_text(program.version)
 
 
+def fetch_guest() -> None:
+    """Unpack the guest, where packages can be had; what fails is seen by what is missing afterwards."""
+    if not shutil.which("apt-get"):
+        return
+    named = subprocess.run(
+        ["apt-cache", "show", "linux-image-cloud-amd64"], capture_output=True, text=True, check=False
+    )
+    kernel = re.search(r"linux-image-[0-9][^ ,]*-cloud-amd64", named.stdout)
+    if kernel is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        packages = Path(folder)
+        packages.chmod(0o777)  # apt fetches as a user of its own
+        command = ["apt-get", "-q", "download", kernel[0], "busybox-static"]
+        subprocess.run(command, cwd=packages, stdout=sys.stderr, check=False)
+        for package in packages.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", package, packages / "root"], check=False)
+        found = [path for name in GUEST_FILES for path in (packages / "root").rglob(name) if path.is_file()]
+        GUEST.mkdir(parents=True, exist_ok=True)
+        for path in found:
+            shutil.copy(path, GUEST / ("vmlinuz" if path.name.startswith("vmlinuz") else path.name))
+
+
+def guest_is_there() -> bool:
+    """Return whether every file of the guest is there."""
+    return all((GUEST / name.removesuffix("-*")).is_file() for name in GUEST_FILES)
+
+
 def main(arguments: list[str]) -> int:
     """Install and report; return the exit code."""
     if arguments not in ([], ["--check"]):
@@ -134,12 +184,17 @@ def main(arguments: list[str]) -> int:
         for program in GO_PROGRAMS:
             if not is_built(program):
                 build(program)
+        if not guest_is_there():
+            fetch_guest()
     packages = missing_packages()
     remedies = [f"sudo apt-get install -y {' '.join(packages)}"] if packages else []
     missing = list(packages)
     if unbuilt := [program.name for program in GO_PROGRAMS if not is_built(program)]:
         missing += unbuilt
         remedies.append("install Go (go.dev), then: python3 infra/tools.py")
+    if not guest_is_there():
+        missing.append("guest")
+        remedies.append("on Debian: python3 infra/tools.py")
     if not missing:
         print("tools: all there")
         return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
+import selectors
 import subprocess
 import sys
 import traceback
@@ -17,7 +19,7 @@ from dr_cloud.recovery.probes.errors import FailedError
 
 _OUTPUT_BYTES_MAX: Final = 256 << 10
 _ANSWER_BYTES_MAX: Final = 1 << 20
-_END_SECONDS: Final = 5.0
+_END_SECONDS: Final = 2.0
 
 
 class Done(NamedTuple):
@@ -44,10 +46,11 @@ def end(process: subprocess.Popen[Any]) -> None:
 class Apart:
     """Starts them; closed with the probe."""
 
-    def __init__(self, user: int, home: Path, ends: contextlib.ExitStack) -> None:
+    def __init__(self, user: int, home: Path, file_bytes_max: int, ends: contextlib.ExitStack) -> None:
         self.user = user
         """Id of the user, and of its group."""
         self._home = home
+        self._file_bytes_max = file_bytes_max
         self._ends = ends
 
     def start(
@@ -56,12 +59,17 @@ class Apart:
         env: Mapping[str, str] | None = None,
         stdout: IO[Any] | int | None = None,
         stderr: IO[Any] | int | None = None,
+        large_files: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Start a program in the probe's scratch folder; it is ended with the probe. Prints with the probe, or else."""
+        """Start a program in the probe's scratch folder; it is ended with the probe. Its output is the probe's.
+
+        `large_files` takes away the limit on the size of files, for programs that insist on it.
+        """
         sys.stdout.flush()
         who = (f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups", "--inh-caps=-all")
+        limit = ["prlimit", f"--fsize={'unlimited' if large_files else self._file_bytes_max}", "--"]
         process = subprocess.Popen(
-            ["unshare", "--net", "--", "setpriv", *who, "--bounding-set=-all", "--", *map(str, words)],
+            [*limit, "unshare", "--net", "--", "setpriv", *who, "--bounding-set=-all", "--", *map(str, words)],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
@@ -72,12 +80,11 @@ class Apart:
         self._ends.callback(end, process)
         return process
 
-    def run(self, *words: str | Path, env: Mapping[str, str] | None = None) -> Done:
+    def run(self, *words: str | Path, env: Mapping[str, str] | None = None, large_files: bool = False) -> Done:
         """Run a program to its end; what it prints is the probe's output too."""
         print(f"$ {' '.join(map(str, words))}")
-        process = self.start(*words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert process.stdout is not None
-        output = _echo(process.stdout)
+        process = self.start(*words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, large_files=large_files)
+        output = _echo(process)
         return Done(process.wait(), output)
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -109,6 +116,7 @@ class Apart:
         try:
             os.dup2(write, 3)
             os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self._file_bytes_max, self._file_bytes_max))
             kernel.unshare(kernel.NEW_NETWORK)
             os.setgroups([])
             os.setresgid(self.user, self.user, self.user)
@@ -128,10 +136,23 @@ class Apart:
             os._exit(code)
 
 
-def _echo(pipe: IO[bytes]) -> str:
+def _echo(process: subprocess.Popen[bytes]) -> str:
+    """Print what a program prints until it ends; what it started and left behind is not waited for."""
+    assert process.stdout is not None
     kept = bytearray()
-    while data := os.read(pipe.fileno(), 65536):
-        sys.stdout.buffer.write(data)
-        kept += data[: _OUTPUT_BYTES_MAX - len(kept)]
+    ended = os.pidfd_open(process.pid)
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        selector.register(ended, selectors.EVENT_READ)
+        while ready := [key.fd for key, _ in selector.select()]:
+            # Once it has ended, what is still in the pipe is read, and no more is waited for.
+            if ready == [ended]:
+                break
+            data = os.read(process.stdout.fileno(), 65536)
+            if not data:
+                break
+            sys.stdout.buffer.write(data)
+            kept += data[: _OUTPUT_BYTES_MAX - len(kept)]
+    os.close(ended)
     sys.stdout.flush()
     return kept.decode(errors="replace")

@@ -38,6 +38,7 @@ MOUNT_OPTIONS: Final = {
 }
 """By kind of file system, the driver and its options."""
 _UNMOUNT_TRIES: Final = 20
+_UNMOUNT_SECONDS: Final = 2.0
 
 
 class Bench:
@@ -53,7 +54,7 @@ class Bench:
         self.limits = limits
         self._deadline = time.monotonic() + spec.timeout_seconds
         self._ends = contextlib.ExitStack()
-        self.apart = Apart(user, self.home, self._ends)
+        self.apart = Apart(user, self.home, limits.scratch_bytes, self._ends)
         """Runs programs and functions that touch the data."""
         self._count = 0
 
@@ -120,7 +121,7 @@ class Bench:
         path.parent.mkdir()
         # Its reading is bounded by the layer's own limits; its address space is not the data's.
         fuse = subprocess.Popen(["nbdfuse", "-o", "allow_other", path, uri], stdin=subprocess.DEVNULL)
-        self._ends.callback(end, fuse)
+        self._ends.callback(_wait_and_end, fuse)
         wait_for(fuse, path.exists, str(volume))
         self._ends.callback(_unmount, path.parent)
         return path
@@ -139,6 +140,9 @@ class Bench:
         driver, options = MOUNT_OPTIONS[volume.kind]
         if driver == "ext4":
             self.replay_ext(volume, file)
+        elif driver == "xfs" and not write:
+            with self.mounted(volume, file, write=True):
+                pass
         if not write:
             options += ",ro,noload" if driver == "ext4" else ",ro"
         folder = Path(f"{file.parent}-mounted")
@@ -174,6 +178,13 @@ class Bench:
 
 def _listed(volumes: list[Volume]) -> str:
     return ", ".join(map(str, volumes))
+
+
+def _wait_and_end(fuse: subprocess.Popen[bytes]) -> None:
+    """End nbdfuse, which ends by itself when it is unmounted."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        fuse.wait(_UNMOUNT_SECONDS)
+    end(fuse)
 
 
 def _unmount(folder: Path) -> None:

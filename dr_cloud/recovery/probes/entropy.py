@@ -51,7 +51,7 @@ class EntropyProbe(BaseModel):
         with bench.connect(disk) as client:
             data = _data_blocks(client.block_status(0, client.size_bytes))
             blocks = sum(last - first for first, last in data)
-            step = max(1, blocks // self.samples)
+            step = max(1, -(-blocks // self.samples))
             skip = step // 2
             for first, last in data:
                 block = first + skip

@@ -25,12 +25,13 @@ def _ext(bench: Bench, volume: Volume, file: Path) -> int:
 
 
 def _xfs(bench: Bench, volume: Volume, file: Path) -> int:
-    done = bench.apart.run("xfs_repair", "-n", "-f", file)
+    command = ("xfs_repair", "-n", "-f", file)
+    done = bench.apart.run(*command, large_files=True)
     if _LOG_IGNORED not in done.output:
         return done.code
     with bench.mounted(volume, file, write=True):
         print("the log is replayed")
-    return bench.apart.run("xfs_repair", "-n", "-f", file).code
+    return bench.apart.run(*command, large_files=True).code
 
 
 def _fat(bench: Bench, volume: Volume, file: Path) -> int:

@@ -140,13 +140,12 @@ def _build_walls(job: Job, user: int) -> None:
     del os.environ["PYTHONPATH"]
     os.environ.update(HOME=str(INSIDE / "home"), TMPDIR=str(INSIDE / "home"))
     os.chdir(INSIDE / "home")
-    for kind, most in (
-        (resource.RLIMIT_AS, job.limits.memory_bytes),
-        (resource.RLIMIT_FSIZE, job.limits.scratch_bytes),
-        (resource.RLIMIT_NPROC, job.limits.processes),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    for kind, most in ((resource.RLIMIT_AS, job.limits.memory_bytes), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (most, most))
+    # What root may not exceed by mistake; programs apart get it as a limit that they cannot lift.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (job.limits.scratch_bytes, resource.RLIM_INFINITY))
+    # Root is not bound by it; each user of its own is.
+    resource.setrlimit(resource.RLIMIT_NPROC, (job.limits.processes, job.limits.processes))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -96,16 +96,14 @@ class _Run:
         if self._stop.is_set():
             verdict = Verdict(passed=False, reason="stopped before it began")
         else:
-            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._work_dir))
-            lock = os.open(folder, os.O_RDONLY)
+            folder, lock = _make_folder(self._work_dir)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                job = {"spec": spec, "disks": disks, "limits": self._limits, "folder": folder.absolute()}
+                job = {"spec": spec, "disks": disks, "limits": self._limits, "folder": folder}
                 verdict = watch(job, output, self._stop)
                 artefacts = _keep(folder / "artefacts", self._work_dir / spec.name)
             finally:
-                os.close(lock)
                 shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
         return ProbeResult(
             probe=spec.name,
             verdict="pass" if verdict.passed else "fail",
@@ -132,13 +130,34 @@ def _keep(made: Path, place: Path) -> list[Path]:
     return kept
 
 
+@contextlib.contextmanager
+def _held(work_dir: Path) -> Iterator[None]:
+    """Hold the folder of folders, so that none is taken for a dead one's between its making and its lock."""
+    lock = os.open(work_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _make_folder(work_dir: Path) -> tuple[Path, int]:
+    """Return a new folder and the open lock that says that it is in use."""
+    with _held(work_dir):
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=work_dir.absolute()))
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
+
+
 def _sweep(work_dir: Path) -> None:
     """Remove what a run that was killed has left: a folder that nobody holds."""
-    for folder in work_dir.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            lock = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
+    with _held(work_dir):
+        for folder in work_dir.glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                lock = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)

@@ -68,6 +68,8 @@ class SqliteProbe(BaseModel):
                 rows.append("|".join("" if value is None else str(value) for value in row))
                 if len(rows) == _ROWS_MAX:
                     break
+        except (apsw.CorruptError, apsw.NotADBError) as error:
+            raise FailedError(f"{self.path} is damaged: {error}") from error
         except apsw.Error as error:
             raise FailedError(f"{self.path}: {type(error).__name__}: {error}") from error
         return matched("\n".join(rows), self.expect)
