@@ -32,6 +32,8 @@ class _Grant(NamedTuple):
     text: str
     revision: str
     made_ns: int
+    until_ns: int
+    """It ends with its life, or with the mechanism that it rests on."""
 
 
 class Desk:
@@ -90,9 +92,7 @@ class Desk:
         now_ns = self._clock_ns()
         with self._lock:
             before, at_ns = self._allowed.get(_key(question), (answer, 0))
-        if now_ns - at_ns >= GRACE_NS or not before.allow:
-            return answer
-        if before.until_s is not None and now_ns >= before.until_s * SECOND_NS:
+        if not before.allow or now_ns >= _end_ns(before, at_ns):
             return answer
         reason = f"no engine answers; allowed at {format_time(at_ns)}, which holds for {GRACE_SECONDS} s"
         return before.model_copy(update={"reasons": [*before.reasons, reason]})
@@ -114,7 +114,7 @@ class Desk:
         with self._lock:
             for key, (answer, text) in made.items():
                 if answer.allow and text:
-                    held[key] = self._grants[key] = _Grant(text, answer.revision, now_ns)
+                    held[key] = self._grants[key] = _Grant(text, answer.revision, now_ns, _end_ns(answer, now_ns))
                 elif answer.answered:
                     held.pop(key, None)
                     self._grants.pop(key, None)
@@ -122,13 +122,19 @@ class Desk:
         return [_given(held.get(key), made.get(key, (Answer(), ""))[0], now_ns) for key in keys]
 
     def _fresh(self, grant: _Grant, now_ns: int) -> bool:
-        return now_ns - grant.made_ns < RENEWED_NS and grant.revision == (self._revision or grant.revision)
+        young = now_ns < min(grant.made_ns + RENEWED_NS, grant.until_ns)
+        return young and grant.revision == (self._revision or grant.revision)
 
     def _forget(self, now_ns: int) -> None:
         if len(self._allowed) > _KEPT_MAX:
             self._allowed = {key: kept for key, kept in self._allowed.items() if now_ns - kept[1] < GRACE_NS}
         if len(self._grants) > _KEPT_MAX:
-            self._grants = {key: kept for key, kept in self._grants.items() if now_ns - kept.made_ns < GRACE_NS}
+            self._grants = {key: kept for key, kept in self._grants.items() if now_ns < kept.until_ns}
+
+
+def _end_ns(answer: Answer, now_ns: int) -> int:
+    end_ns = now_ns + GRACE_NS
+    return end_ns if answer.until_s is None else min(end_ns, answer.until_s * SECOND_NS)
 
 
 def _key(question: Question) -> str:
@@ -141,6 +147,6 @@ def _whole(answer: Answer) -> Answer:
 
 
 def _given(grant: _Grant | None, answer: Answer, now_ns: int) -> tuple[Answer, str]:
-    if grant is None or now_ns - grant.made_ns >= GRACE_NS:
+    if grant is None or now_ns >= grant.until_ns:
         return answer, ""
     return Answer(allow=True, reasons=[], revision=grant.revision), grant.text
