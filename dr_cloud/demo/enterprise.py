@@ -6,6 +6,7 @@ What it does with the cloud it does as its own administrator, with a token of it
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -14,6 +15,7 @@ from dr_cloud.demo.cloud import LocalCloud, done
 from dr_cloud.demo.process import Process
 from dr_cloud.demo.workload import fill
 from dr_cloud.model.cloud import TokenRequest, Vpg
+from dr_cloud.model.errors import DeniedError
 from dr_cloud.model.principal import Role
 from dr_cloud.model.provider import DataCenterConfig, EnterpriseConfig
 from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
@@ -21,7 +23,17 @@ from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
 VPG: Final = "shop"
 """Every enterprise calls its group so: names of one are nothing to another."""
 SERVER: Final = "shop-db"
+ABROAD: Final = "abroad"
+"""What each tries to have in data centers that are closed to it."""
 CHECKPOINT_SECONDS: Final = 1.0
+
+
+class Denied(NamedTuple):
+    """What policy has refused."""
+
+    enterprise: str
+    data_center: str
+    reasons: list[str]
 
 
 class Size(NamedTuple):
@@ -98,20 +110,33 @@ class Enterprise:
             lambda: SERVER in [server.name for server in self.client.servers(self.site)],
             f"{self.name} tells its server",
         )
+        done(self.client, self.client.create_vpg(self._settings(VPG, self.data_centers)))
+
+    def _settings(self, name: str, centers: Sequence[DataCenterConfig]) -> VpgSettings:
         targets = [
             TargetConfig(
                 name=center.name, site=center.name, host=center.clusters[0].name, datastore=center.pools[0].name
             )
-            for center in self.data_centers
+            for center in centers
         ]
-        settings = VpgSettings(
-            name=VPG,
+        return VpgSettings(
+            name=name,
             source_site=self.site,
             servers=[ProtectedServer(name=SERVER)],
             targets=targets,
             checkpoint_seconds=CHECKPOINT_SECONDS,
         )
-        done(self.client, self.client.create_vpg(settings))
+
+    def try_abroad(self, closed: Sequence[DataCenterConfig]) -> list[Denied]:
+        """Ask for a copy in each of these data centers; return the refusals. One that is allowed is in none of them."""
+        refused = []
+        for center in closed:
+            settings = self._settings(ABROAD, [center])
+            try:
+                self.client.create_vpg(settings)
+            except DeniedError as denial:
+                refused.append(Denied(self.name, center.name, denial.reasons))
+        return refused
 
     def start_workload(self, corrupt_from: float | None = None, corrupt_to: float | None = None) -> None:
         """Start its database's work; it corrupts itself between the two times (seconds from now), if given."""

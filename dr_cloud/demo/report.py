@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from dr_cloud.demo.enterprise import Enterprise
+from dr_cloud.demo.enterprise import Denied, Enterprise
 from dr_cloud.demo.recovery import Tested
+from dr_cloud.model.decision import EnterpriseRights
 from dr_cloud.model.units import format_size, format_time
 
 
@@ -75,13 +76,33 @@ def enterprises_table(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def document(outcomes: list[Outcome], last_clean_ns: int, seconds: Mapping[str, float], right: bool) -> dict[str, Any]:
+def matrix_table(matrix: Sequence[EnterpriseRights]) -> Table:
+    """Return a table of who may send where."""
+    table = Table(title="Rights", title_justify="left")
+    table.add_column("enterprise")
+    for place in matrix[0].data_centers:
+        table.add_column(f"{place.data_center}\n{place.jurisdiction}")
+    for row in matrix:
+        marks = ("[green]open[/]" if place.open else "[red]closed[/]" for place in row.data_centers)
+        table.add_row(f"{row.enterprise} [dim]{row.jurisdiction}[/]", *marks)
+    return table
+
+
+def document(
+    outcomes: list[Outcome],
+    last_clean_ns: int,
+    seconds: Mapping[str, float],
+    right: bool,
+    denied: Sequence[Denied],
+    matrix: Sequence[EnterpriseRights],
+) -> dict[str, Any]:
     """Return the report: `stacks` and `last_clean` of the first enterprise, whose data was corrupted."""
     return {
         "right": right,
         "stacks": _stacks(outcomes[0]),
         "last_clean": format_time(last_clean_ns),
-        "denied": [],
+        "denied": [refusal._asdict() for refusal in denied],
+        "rights": {row.enterprise: {place.data_center: place.open for place in row.data_centers} for row in matrix},
         "seconds": dict(seconds),
         "enterprises": [
             {

@@ -29,10 +29,10 @@ from rich.console import Console
 
 from dr_cloud.client.client import Client
 from dr_cloud.demo.cloud import LocalCloud
-from dr_cloud.demo.enterprise import Enterprise, Size
+from dr_cloud.demo.enterprise import Denied, Enterprise, Size
 from dr_cloud.demo.probe import be_quiet, warm
 from dr_cloud.demo.recovery import Recovery, Tested
-from dr_cloud.demo.report import Outcome, document, enterprises_table, tests_table
+from dr_cloud.demo.report import Outcome, document, enterprises_table, matrix_table, tests_table
 from dr_cloud.demo.wall import aim
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, load_yaml
@@ -104,6 +104,15 @@ class DemoRun:
         self.recovery = {one.name: Recovery(one, self._probes) for one in self.enterprises}
         self.wait_newest(0, "the first checkpoint of every group")
 
+    def try_abroad(self) -> list[Denied]:
+        """Have each enterprise try every data center that is not of its jurisdiction; return the refusals."""
+
+        def attempt(enterprise: Enterprise) -> list[Denied]:
+            home = enterprise.config.jurisdiction
+            return enterprise.try_abroad([c for c in self.config.data_centers if c.jurisdiction != home])
+
+        return [refusal for refusals in self.each(attempt) for refusal in refusals]
+
     def wait_newest(self, after_ns: int, what: str, enterprises: Sequence[Enterprise] = ()) -> None:
         """Wait until every target of these enterprises (all) has an image of a time after this."""
         for enterprise in enterprises or self.enterprises:
@@ -145,7 +154,8 @@ def _provider(stacks: int) -> tuple[dict[str, Any], ProviderConfig]:
     wanted = {tenant.jurisdiction: stacks if tenant.name == CORRUPTED else STACKS_OF_OTHERS for tenant in _tenants()}
     for center in raw["data_centers"]:  # in the first of each jurisdiction
         center["idle_stacks"] = wanted.pop(center["jurisdiction"], 0)
-    return {**raw, "tenants": str(ROOT / "tenants")}, config
+    rights = {**raw["rights"], "policies": str(ROOT / "policies")}
+    return {**raw, "tenants": str(ROOT / "tenants"), "rights": rights}, config
 
 
 def _tenants() -> list[EnterpriseConfig]:
@@ -205,6 +215,9 @@ def _run(run: DemoRun, report: Path | None) -> bool:
         run.warm_up()
     with run.phase("protect", "sites paired over TLS, taps, protection groups; first synchronisation"):
         run.start(admin)
+    with run.phase("rights", "every enterprise asks for copies in data centers that are closed to it"):
+        matrix = admin.rights_matrix()
+        denied = run.try_abroad()
     with run.phase("workload", f"{RUN_SECONDS:g} s of commits; {corrupted.name} is corrupted at an untold moment"):
         for enterprise in run.enterprises:
             moments = (CORRUPT_FROM_SECONDS, CORRUPT_TO_SECONDS) if enterprise is corrupted else ()
@@ -240,6 +253,7 @@ def _run(run: DemoRun, report: Path | None) -> bool:
         Outcome(enterprise, tests, lags.get(enterprise.name, []), enterprise.kept_in(stores))
         for enterprise, tests in zip(run.enterprises, tested, strict=True)
     ]
+    console.print(matrix_table(matrix))
     console.print(tests_table(tested[0]))
     for reason in sorted({test.finding.reason for tests in tested for test in tests if not test.finding.passed}):
         console.print(f"  [red]fail[/]: {reason}", highlight=False, markup=True)
@@ -254,6 +268,16 @@ def _run(run: DemoRun, report: Path | None) -> bool:
     lag_seconds = [lag for of_one in lags.values() for lag in of_one]
     targets = sum(len(enterprise.data_centers) for enterprise in run.enterprises)
     unchanged = before == after and len(before) == 1
+    closed = {
+        (enterprise.name, center.name)
+        for enterprise in run.enterprises
+        for center in run.config.data_centers
+        if center.jurisdiction != enterprise.config.jurisdiction
+    }
+    told_closed = {
+        (row.enterprise, place.data_center) for row in matrix for place in row.data_centers if not place.open
+    }
+    kept_out = {(refusal.enterprise, refusal.data_center) for refusal in denied} == closed == told_closed
     right = [
         run.line(found, f"last clean time {format_time(clean_ns)}, found in {search.rounds} rounds"),
         run.line(found, f"the next write, at {format_time(dirty_ns)[11:]}, is the corruption's first"),
@@ -261,6 +285,7 @@ def _run(run: DemoRun, report: Path | None) -> bool:
         run.line(others_right, "the others' tests, at the same time, all pass, with the right rows"),
         run.line(wrong == 0, f"{checked:,} blocks compared with the workloads' own records, {wrong} wrong"),
         run.line(all(outcome.at_home for outcome in outcomes), "data lies in its own jurisdiction, and nowhere else"),
+        run.line(kept_out, f"{len(closed)} ways out of a jurisdiction tried, and refused with the reason"),
         run.line(not leaks, f"{aims} calls aimed at others' things: 'not found', as what does not exist"),
         run.line(
             len(lag_seconds) == targets,
@@ -272,7 +297,7 @@ def _run(run: DemoRun, report: Path | None) -> bool:
     for leak in leaks:
         console.print(f"  [red]told[/]: {leak}", markup=True)
     if report is not None:
-        told = document(outcomes, clean_ns, run.seconds, all(right))
+        told = document(outcomes, clean_ns, run.seconds, all(right), denied, matrix)
         report.write_text(json.dumps(told, indent=2) + "\n")
     console.print(
         f"\n[bold]{'All right' if all(right) else '[red]Something is wrong[/]'}[/] in {sum(run.seconds.values()):.0f} s"

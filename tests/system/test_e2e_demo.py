@@ -41,6 +41,7 @@ def left_behind(place: Path) -> list[str]:
 def test_the_demonstration(tmp_socket_dir: Path) -> None:
     """R14.1, R14.2, R14.3: stacks at arbitrary times give right images and verdicts; the last clean time is found.
 
+    R13.1: each is refused, with the reason, in every data center of another jurisdiction.
     R11, R13.2: three enterprises at once, each in its own jurisdiction, and none sees anything of another.
     """
     report = tmp_socket_dir / "report.json"
@@ -58,6 +59,11 @@ def test_the_demonstration(tmp_socket_dir: Path) -> None:
     told = json.loads(report.read_text())
     stacks = told["stacks"]
     assert len(stacks) >= 8
+    centers = [center for home in HOMES.values() for center in home]
+    closed = {(name, center) for name, home in HOMES.items() for center in centers if center not in home}
+    assert {(one["enterprise"], one["data_center"]) for one in told["denied"]} == closed
+    assert all("nothing opens" in " ".join(one["reasons"]) for one in told["denied"])
+    assert {(name, center) for name, row in told["rights"].items() for center in row if not row[center]} == closed
     assert len({stack["at"] for stack in stacks}) == len(stacks)
     for stack in stacks:
         assert stack["blocks_checked"] > 0
@@ -67,7 +73,6 @@ def test_the_demonstration(tmp_socket_dir: Path) -> None:
     for stack in stacks:
         assert stack["verdict"] == ("pass" if parse_time(stack["at"]) <= last_clean_ns else "fail")
     assert {stack["verdict"] for stack in stacks} == {"pass", "fail"}
-    assert isinstance(told["denied"], list)
     assert told["seconds"]
     assert all(seconds >= 0 for seconds in told["seconds"].values())
     # The others were tested at the same time, and have their rows; all data lies at home.
