@@ -22,7 +22,7 @@ from typing import Any, Final
 import ray
 import structlog
 
-from dr_cloud.actors.cluster import UNHEARD_SECONDS, Placement, Where, ask, whereabouts
+from dr_cloud.actors.cluster import ANSWER_SECONDS, UNHEARD_SECONDS, Placement, Where, ask, whereabouts
 from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.settings import RIGHTS, ProviderSettings
 from dr_cloud.model.errors import DrCloudError, UnavailableError
@@ -36,7 +36,7 @@ _MODULE: Final = "dr_cloud.actors.engine"
 _log = structlog.get_logger(__name__)
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0, max_concurrency=16)
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0)
 class RightsManager:
     """See the module's docstring, and `dr_cloud.rights.rights.Rights` for the methods."""
 
@@ -118,13 +118,13 @@ class RightsDesk:
         return revision
 
     def put_sources(self, sources: PolicySources) -> str:
-        """Put policies and regulation in force; see `Rights`."""
-        revision: str = self._ask(UNHEARD_SECONDS, "put_sources", sources)
+        """Put policies and regulation in force, which are tried first; see `Rights`."""
+        revision: str = self._ask(ANSWER_SECONDS, "put_sources", sources)
         return revision
 
     def what_if(self, sources: PolicySources, questions: Sequence[Question]) -> list[Answer]:
         """Answer by other policies; see `Rights`."""
-        answers: list[Answer] = self._ask(UNHEARD_SECONDS, "what_if", sources, list(questions))
+        answers: list[Answer] = self._ask(ANSWER_SECONDS, "what_if", sources, list(questions))
         return answers
 
     def bundle(self) -> tuple[str, bytes]:

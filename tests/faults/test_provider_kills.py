@@ -43,7 +43,7 @@ def writes_go_on(server: Server, count: int = 100) -> None:
     assert server.guest.failures == []
 
 
-@pytest.mark.parametrize("killed", ["Vdsa", "Connector", "CloudManager", "chicago"])
+@pytest.mark.parametrize("killed", ["Vdsa", "Connector", "CloudManager", "RightsManager", "chicago"])
 def test_killed_under_load(world: CloudWorld, killed: str) -> None:
     """Invariants 1, 2, 3: kill -9 of each process; the guest goes on, checkpoints come again, images are right."""
     (server,) = world.servers

@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,9 @@ class Rights:
     def alert(self) -> bool:
         return any(alert.kind == "rights" for alert in self.world.client("-").health().alerts)
 
-    def goes_on(self) -> None:
+    def goes_on(self, of: Sequence[Server] = ()) -> None:
         """Each replicates on: its state, which needs no decision, tells of a checkpoint of a time after now."""
-        begun_ns, servers = time.time_ns(), list(self.servers.values())
+        begun_ns, servers = time.time_ns(), list(of or self.servers.values())
         written = [len(server.guest.writes) for server in servers]
         wait_until(lambda: all((self.target(s.enterprise, "east").newest_ns or 0) > begun_ns for s in servers), 30)
         for server, before in zip(servers, written, strict=True):
@@ -342,6 +342,27 @@ def test_a_policy_change_under_load(rights: Rights) -> None:
     assert sent and sent <= set(range(HOT_BLOCKS)), "what had not changed was sent again"
     world.done("acme", client.update_vpg("web", settings_of(acme, "us-east", "h1", "ds-1", "us-west")))
     rights.apply()
+
+
+def test_a_link_that_policy_cuts(rights: Rights) -> None:
+    """R13.1: a site that lies where nothing is open any more is out within 5 s, is told why, and comes back."""
+    world, coral = rights.world, rights.servers["coral"]
+    client, before = world.client("coral"), rights.in_force()
+    others = [rights.servers[name] for name in ("acme", "brit")]
+    jurisdictions = {name: record for name, record in before.jurisdictions.items() if name != "APAC"}
+    written = len(coral.guest.writes)
+    world.client("-").apply_policies(PolicyChange(regulation=Regulation(jurisdictions=jurisdictions)))
+    wait_until(lambda: not client.site("singapore").connected, STOP_SECONDS)
+    wait_until(lambda: rights.target("coral", "east").denied, STOP_SECONDS)
+    kept = rights.objects("apac-1", "coral")
+    wait_until(lambda: "the provider refuses this site" in world.log("singapore"), 20)
+    assert "coral" in client.site("singapore").denied, "why, by its own name"
+    rights.goes_on(others)
+    assert rights.objects("apac-1", "coral") == kept
+    assert coral.guest.failures == [] and len(coral.guest.writes) > written
+    world.client("-").apply_policies(PolicyChange(regulation=before))
+    wait_until(lambda: client.site("singapore").connected, 40)
+    rights.goes_on()
 
 
 def place_open(rights: Rights, enterprise: str, center: str) -> bool:
