@@ -192,7 +192,7 @@ class World:
             "hosts": [{"name": f"host-{n}", "datastores": ["ds-1"]} for n in (1, 2)],
             "clusters": [{"name": "compute", "hosts": ["host-1", "host-2"]}],
         }
-        config = {"name": "provider", "idle_stacks": 0, "data_centers": [center]}
+        config = {"name": "provider", "idle_stacks": 0, "operators": "USA", "data_centers": [center]}
         self._cloud.begin_provider({**config, "architecture": self._architecture.value})
         self._client = self._cloud.wait_provider()
 
