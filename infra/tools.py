@@ -81,8 +81,8 @@ GUEST: Final = ROOT / ".tools" / "guest"
 GUEST_FILES: Final = (
     "vmlinuz-*",
     "busybox",
-    "virtio.ko",
     "virtio_ring.ko",
+    "virtio.ko",
     "virtio_pci_legacy_dev.ko",
     "virtio_pci_modern_dev.ko",
     "virtio_pci.ko",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -15,6 +16,12 @@ from pathlib import Path
 import pytest
 from cli_run import run_cli
 from probe_world import MIB, World, ext4, overwrite, run, sparse, wait_until, world
+
+from dr_cloud.nbd.memory import MemoryExport
+from dr_cloud.nbd.server import NbdServer
+from dr_cloud.nbd.table import ExportTable
+from dr_cloud.recovery.probes.runner import run_probes
+from dr_cloud.recovery.probes.spec import parse_spec
 
 __all__ = ["world"]
 pytestmark = [pytest.mark.system, pytest.mark.fuse]
@@ -178,6 +185,33 @@ def test_a_damaged_xfs(world: World, dirty_xfs: str) -> None:
     result = world.probe("fsck", "bad-xfs")
     assert not result.passed
     assert "bad-xfs" in result.reason
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext3"])
+def test_older_kinds_of_ext(world: World, tree: Path, kind: str) -> None:
+    run(f"mkfs.{kind}", "-q", "-F", "-d", tree, sparse(world.images / kind, 24 * MIB))
+    assert world.probe("fsck", kind).reason == f"whole: {kind} on {kind}"
+    assert world.probe("files:path=/etc/name,size=11", kind).passed
+    assert world.probe("mount", kind).passed
+
+
+async def test_disks_of_the_products_own_server(world: World, good: str, tmp_socket_dir: Path) -> None:
+    """What a probe writes does not reach the stack, even where the stack would take it."""
+    content = (world.images / good).read_bytes()
+    export = MemoryExport("root", len(content))
+    export.pwrite(0, memoryview(content))
+    table = ExportTable()
+    table.add(export)
+    server = NbdServer(table)
+    await server.start(unix_path=str(tmp_socket_dir / "nbd.sock"))
+    try:
+        disks = {"root": server.uris("root")[0]}
+        specs = [parse_spec(text) for text in ("mount", "fsck", "entropy", "sqlite:path=/var/app.db")]
+        results = await asyncio.to_thread(run_probes, specs, disks, world.work)
+    finally:
+        await server.close(1)
+    assert [result.reason for result in results if not result.passed] == []
+    assert b"".join(map(bytes, export.pread(0, len(content)))) == content
 
 
 def test_mounting_can_be_forbidden(world: World, dirty_xfs: str, good: str) -> None:

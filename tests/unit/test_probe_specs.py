@@ -138,7 +138,7 @@ def test_an_output_that_fits_is_kept_whole():
     nothing.take(b"x")
     assert nothing.cut
     raw = Output(100)
-    raw.take(b"\x1b[31m\xff\n\tok")
+    raw.take(b"\x1b[31m\xff\r\n\tok")
     assert raw.text() == "\ufffd[31m\ufffd\n\tok"
 
 

@@ -1,8 +1,9 @@
 """`boot`: a machine boots from the stack's disks, and its serial console says what is expected in time.
 
-QEMU runs apart, without network (nor a network card), with a seccomp filter; with KVM if this node has it, else by
-emulation. The disks are attached in the order of their names; the first is booted from, unless a kernel of this node is
-given. A screenshot is kept in any case: `screen.png`, and the console as `console.txt`.
+QEMU runs apart, without network (nor a network card), with a seccomp filter; with KVM on a node that is no virtual
+machine itself, else by emulation. The disks are attached in the order of their names; the first is booted from, unless
+a kernel of this node is given. A screenshot is kept, `screen.png`, unless the machine has ended by itself; and the
+console, `console.txt`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from dr_cloud.recovery.probes.qmp import Qmp
 _QEMU: Final = "qemu-system-x86_64"
 _KVM: Final = Path("/dev/kvm")
 _DEVICES: Final = {"virtio": "virtio-blk-pci", "sata": "ide-hd", "nvme": "nvme"}
+_HYPERVISOR: Final = "hypervisor"
+"""The processor's flag that says that it is one of a virtual machine."""
 _LAST_SECONDS: Final = 3.0
 """Before the time-out: for the screenshot and the verdict."""
 _WINDOW_BYTES: Final = 64 << 10
@@ -53,6 +56,7 @@ class BootProbe(BaseModel):
     bus: Literal["virtio", "sata", "nvme"] = "virtio"
     """How the disks are attached."""
     accel: Literal["auto", "kvm", "tcg"] = "auto"
+    """`auto` takes KVM only on real hardware: in a virtual machine it may be there and not run a guest."""
     kernel: Path | None = None
     """A kernel on this node, instead of the disk's boot loader."""
     initrd: Path | None = None
@@ -109,7 +113,7 @@ class BootProbe(BaseModel):
             layer = parse_uri(bench.layer(disk))
             server = {"type": "unix", "path": layer.unix_path}
             node = {"driver": "nbd", "node-name": f"disk{number}", "server": server, "export": layer.name}
-            device = f"{_DEVICES[self.bus]},drive=disk{number},bootindex={number}"
+            device = f"{_DEVICES[self.bus]},drive=disk{number},bootindex={number + 1}"
             device += f",bus=ide.{number}" if self.bus == "sata" else ""
             device += f",serial=disk{number}" if self.bus == "nvme" else ""
             options += ["-blockdev", json.dumps(node), "-device", device]
@@ -129,7 +133,7 @@ class BootProbe(BaseModel):
 
     def _kvm(self, user: int) -> bool:
         """Return whether KVM is used; gives its device, in the probe's own view, to the probe's user."""
-        if self.accel == "tcg":
+        if self.accel == "tcg" or (self.accel == "auto" and _HYPERVISOR in Path("/proc/cpuinfo").read_text().split()):
             return False
         try:
             device = _KVM.stat().st_rdev

@@ -31,5 +31,5 @@ class Output:
     def text(self) -> str:
         """Return what was kept, and between its halves how much is not there. What is no text is replaced."""
         between = f"\n… {self._bytes_cut} bytes left out …\n".encode() if self.cut else b""
-        text = (bytes(self._first) + between + bytes(self._last)).decode(errors="replace")
+        text = (bytes(self._first) + between + bytes(self._last)).decode(errors="replace").replace("\r\n", "\n")
         return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

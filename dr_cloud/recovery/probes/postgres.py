@@ -33,6 +33,10 @@ shared_buffers = 32MB
 max_connections = 10
 autovacuum = off
 archive_mode = off
+wal_level = logical
+max_wal_senders = 0
+max_replication_slots = 1000
+max_prepared_transactions = 1000
 restore_command = ''
 ssl = off
 logging_collector = off
@@ -41,6 +45,7 @@ fsync = off
 data_sync_retry = off
 dynamic_shared_memory_type = posix
 """
+"""Recovery refuses to start with fewer slots or prepared transactions than the directory holds."""
 _ROWS_MAX: Final = 1000
 _STOP_SECONDS: Final = 3.0
 

@@ -20,6 +20,7 @@ import fcntl
 import fnmatch
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -36,6 +37,7 @@ from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeResult, ProbeSpec, w
 from dr_cloud.recovery.probes.watch import watch
 
 _PREFIX: Final = ".probe-"
+_ARTEFACTS_MAX: Final = 100
 
 
 def run_probes(
@@ -57,8 +59,6 @@ def run_probes(
     Raises:
         InvalidError: A probe is not known, its parameters are wrong, or it names no disk; nothing has run.
     """
-    if os.geteuid() != 0:
-        raise InvalidError("probes need root, for namespaces and mounts", "Run this as root.")
     for name, uri in disks.items():
         try:
             parse_uri(uri)
@@ -75,6 +75,8 @@ def run_probes(
                 f"There are: {', '.join(sorted(disks)) or 'none'}.",
             )
         chosen.append(matching)
+    if os.geteuid() != 0:
+        raise InvalidError("probes need root, for namespaces and mounts", "Run this as root.")
     _sweep(work_dir)
     run = _Run(work_dir, limits or ProbeLimits(), stop or threading.Event())
     return [run.probe(spec, matching) for spec, matching in zip(named, chosen, strict=True)]
@@ -117,13 +119,14 @@ class _Run:
 
 
 def _keep(made: Path, place: Path) -> list[Path]:
-    """Move artefacts where people find them. Links and other oddities that a program left are not followed."""
+    """Move artefacts where people find them; links and other oddities that a program left are not taken."""
     kept = []
-    for path in sorted(made.iterdir()) if made.is_dir() else []:
-        if path.is_file() and not path.is_symlink():
+    for path in sorted(made.iterdir())[:_ARTEFACTS_MAX] if made.is_dir() else []:
+        info = path.lstat()
+        if stat.S_ISREG(info.st_mode) and info.st_nlink == 1:
             place.mkdir(exist_ok=True)
             target = place / path.name
-            shutil.move(path, target)
+            os.replace(path, target)
             os.chown(target, os.geteuid(), os.getegid())
             target.chmod(0o600)
             kept.append(target)
