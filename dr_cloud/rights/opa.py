@@ -15,7 +15,6 @@ Crash recovery
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Final, Literal, TypeVar
@@ -33,6 +32,7 @@ ANSWER_SECONDS: Final = 1.5
 """How long one request may take, with what is tried again."""
 LOOK_SECONDS: Final = 0.5
 """How often the server is looked at."""
+_CLOSE_SECONDS: Final = 1.0
 AT_A_TIME: Final = 200
 """Questions in one request."""
 _FAILURES: Final = (OSError, TimeoutError, ValueError, aiohttp.ClientError, PolicyNotFoundError)
@@ -60,7 +60,7 @@ class OpaEngine:
             raise DrCloudError(f"{url!r} is no OPA server's URL", "Write it like http://127.0.0.1:8181.")
         secure = parts.scheme == "https"
         self._client = AsyncOpaClient(
-            parts.hostname, parts.port or (443 if secure else 80), ssl=secure, retries=1, timeout=ANSWER_SECONDS
+            parts.hostname, parts.port or (443 if secure else 80), ssl=secure, retries=1, timeout=2 * ANSWER_SECONDS
         )
         self._revision = ""
         self._unheard = "the OPA server has not answered yet"
@@ -111,9 +111,10 @@ class OpaEngine:
             self._loop.run_until_complete(self._client.__aenter__())
             looking = self._loop.create_task(self._look())
             self._loop.run_forever()
-            looking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                self._loop.run_until_complete(looking)
+            for task in (left := {looking, *asyncio.all_tasks(self._loop)}):
+                task.cancel()
+            # A timer of the client that goes off just now can swallow the cancellation: it is not waited for.
+            self._loop.run_until_complete(asyncio.wait(left, timeout=_CLOSE_SECONDS))
             self._loop.run_until_complete(self._client.close_connection())
         finally:
             self._loop.close()
@@ -130,7 +131,7 @@ class OpaEngine:
             return None
 
     async def _look(self) -> None:
-        while True:
+        while not self._closed.is_set():
             await self._ask([])
             await self._read_status()
             await asyncio.sleep(LOOK_SECONDS)
