@@ -45,6 +45,7 @@ from dr_cloud.manager.monitor import Monitor
 from dr_cloud.manager.operations import Clock, Context
 from dr_cloud.manager.policies import Policies
 from dr_cloud.manager.publish import Publisher
+from dr_cloud.manager.record import Recorder
 from dr_cloud.manager.recovery import Recovery
 from dr_cloud.manager.registry import Registry
 from dr_cloud.manager.reports import Reports
@@ -120,6 +121,7 @@ class Cloud(Enterprises, Sites, Recovery, Reports):
             publisher=Publisher(database, fabric),
             desk=Desk(rights, clock_ns),
             policies=Policies(database, config, rights, clock_ns),
+            recorder=Recorder(database, clock_ns),
             follow_seconds=follow_seconds,
         )
         super().__init__(context)

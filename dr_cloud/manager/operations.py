@@ -40,7 +40,7 @@ from dr_cloud.manager.fabric import Fabric
 from dr_cloud.manager.policies import Policies
 from dr_cloud.manager.publish import Publisher
 from dr_cloud.manager.questions import by_person, elsewhere
-from dr_cloud.manager.record import Entry, append
+from dr_cloud.manager.record import Entry, Recorder, append
 from dr_cloud.manager.registry import Registry
 from dr_cloud.manager.tasks import Tasks, new_task
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database
@@ -89,6 +89,7 @@ class Context:
     publisher: Publisher
     desk: Desk
     policies: Policies
+    recorder: Recorder
     follow_seconds: float
     """How long a task waits until sites follow their orders."""
 
@@ -316,8 +317,7 @@ class Operations:
         entries = [Entry(point, subject, q, a) for q, a in zip(questions, answers, strict=True)]
         refused = [entry for entry in entries if not entry.answer.allow]
         try:
-            with self._database.write(enterprise) as session:
-                append(session, enterprise, refused or entries, self._context.clock_ns())
+            self._context.recorder.write(enterprise, refused or entries)
         except SQLAlchemyError as error:
             log.error("record.unwritten", enterprise=enterprise, point=point, error=str(error))
             raise UnavailableError("the decision cannot be recorded, so it is a no", "Try again.") from error

@@ -2,7 +2,8 @@
 
 Consistency: whoever adds to a chain holds the row of its head, so numbers have no gaps and every row carries the hash
 of the one before (`dr_cloud.model.decision`). A decision whose row cannot be written permits nothing: the transaction
-fails as a whole. A denial permits nothing and has a transaction of its own.
+fails as a whole. A denial permits nothing and has a transaction of its own. What permits reading is written before
+anything is read; those who read at the same time share a transaction (`Recorder`), each waits until it is committed.
 
 Who can write rows can also forge the end of a chain. So heads go into the registry's objects in the store, sealed, with
 every change of the registry and at least every minute while decisions are made: a chain that does not contain them, or
@@ -14,15 +15,18 @@ so (point `rebuild`), and is chained to the head: a record begins with number 1 
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
+from dr_cloud.manager.tenancy import EVERYONE, Database
 from dr_cloud.model.decision import Decision, DecisionCheck, Point
 from dr_cloud.model.rights import Answer, Question
 
@@ -74,6 +78,57 @@ def append(session: Session, enterprise: str, entries: Sequence[Entry], at_ns: i
         )
         head.number, head.hash = made.number, made.digest()
         session.add(tables.Decision(**made.model_dump(exclude={"hash"}), hash=head.hash))
+
+
+class _Waiting:
+    """Decisions of one caller, who waits until they are written."""
+
+    def __init__(self, enterprise: str, entries: Sequence[Entry]) -> None:
+        self.enterprise = enterprise
+        self.entries = entries
+        self.written = False
+        self.error: SQLAlchemyError | None = None
+
+
+class Recorder:
+    """Writes decisions in transactions of their own: whoever comes first writes for all who wait behind."""
+
+    def __init__(self, database: Database, clock_ns: Callable[[], int]) -> None:
+        """Write into `database`."""
+        self._database = database
+        self._clock_ns = clock_ns
+        self._waiting: list[_Waiting] = []
+        self._queue = threading.Lock()
+        self._writing = threading.Lock()
+
+    def write(self, enterprise: str, entries: Sequence[Entry]) -> None:
+        """Return when they are committed. Raises `SQLAlchemyError`: then they are not."""
+        mine = _Waiting(enterprise, entries)
+        with self._queue:
+            self._waiting.append(mine)
+        with self._writing:
+            if not mine.written and mine.error is None:
+                with self._queue:
+                    batch, self._waiting = self._waiting, []
+                self._write(batch)
+        if mine.error is not None:
+            raise mine.error
+        assert mine.written
+
+    def _write(self, batch: Sequence[_Waiting]) -> None:
+        try:
+            with self._database.write(EVERYONE) as session:
+                for one in batch:
+                    append(session, one.enterprise, one.entries, self._clock_ns())
+        except SQLAlchemyError as error:
+            if len(batch) == 1:
+                batch[0].error = error
+                return
+            for one in batch:  # nobody is to be refused for what another has brought
+                self._write([one])
+        else:
+            for one in batch:
+                one.written = True
 
 
 def view(row: tables.Decision) -> Decision:

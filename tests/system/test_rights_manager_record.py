@@ -99,7 +99,7 @@ def test_no_record_no_permission(world: RightsWorld, monkeypatch: pytest.MonkeyP
     def broken(*arguments: object) -> None:
         raise OperationalError("INSERT INTO decisions", {}, Exception("no space left"))
 
-    for module in (operations, watch):
+    for module in (operations, record, watch):
         monkeypatch.setattr(module, "append", broken)
     for act in (
         lambda: world.cloud.pause(who, "acme", "erp"),
