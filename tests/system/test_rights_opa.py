@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -259,6 +260,27 @@ def test_late_and_dripping_answers_are_not_read(at_once):
             assert len(answers) == at_once and not any(answer.answered for answer in answers)
         finally:
             engine.close()
+
+
+def test_an_engine_is_closed_while_its_time_is_over():
+    """A timer that goes off just then must not keep it alive."""
+    whole = http(b'{"result":1}')
+
+    def drip(connection, stop):
+        for i in range(len(whole)):
+            connection.sendall(whole[i : i + 1])
+            if stop.wait(0.05):
+                return
+
+    def seconds_to_close(early):
+        engine = OpaEngine(url)
+        time.sleep(ANSWER_SECONDS - early)
+        began = time.monotonic()
+        engine.close()
+        return time.monotonic() - began
+
+    with server_that(drip) as url, ThreadPoolExecutor(40) as pool:
+        assert max(pool.map(seconds_to_close, [i * 0.0005 - 0.01 for i in range(40)])) < 2.0
 
 
 def test_an_url_that_is_none_is_told():
