@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 from e2e_world import wait_until
-from provider_world import CloudWorld, Server
+from provider_world import TRADE, CloudWorld, Server
 
 from dr_cloud.actors.cluster import ask
 from dr_cloud.actors.up import RunningProvider
@@ -73,7 +73,7 @@ def check_apart(world: CloudWorld, provider: RunningProvider, other: Server) -> 
 def test_tap_to_image(architecture: Architecture) -> None:
     """R12: by one word of the configuration; what was written is what is recovered, for both enterprises at once."""
     folder = Path(tempfile.mkdtemp(prefix="drc-"))
-    world = CloudWorld(folder, name=architecture.value, architecture=architecture.value)
+    world = CloudWorld(folder, TRADE, name=architecture.value, architecture=architecture.value)
     provider = world.start_provider_here()
     try:
         for enterprise in ("acme", "brit"):
