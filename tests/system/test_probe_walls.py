@@ -48,15 +48,23 @@ def disk(world: World) -> str:
 
 def test_a_probe_that_hangs_and_hides_is_ended(world: World, disk: str) -> None:
     """R14.7: a time-out is a failed test; daemons, mounts and loop devices go with it."""
-    seen: list[int] = []
-    watch = threading.Timer(2.0, lambda: seen.extend(processes_of(world.work)))
-    watch.start()
-    result = world.probe("hangs:timeout=3", disk)
-    watch.join()
-    assert result.reason == "no verdict within 3 s"
+    done = threading.Event()
+    seen = 0
+
+    def watch() -> None:
+        nonlocal seen
+        while not done.wait(0.05):
+            seen = max(seen, len(processes_of(world.work)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = world.probe("hangs:timeout=5", disk)
+    done.set()
+    watcher.join()
+    assert result.reason == "no verdict within 5 s"
     assert "hanging" in result.output
-    assert 3 <= result.seconds < 6
-    assert len(seen) >= 7  # keeper, process 1, the layer, nbdfuse, and those that hide
+    assert 5 <= result.seconds < 10
+    assert seen >= 7  # keeper, process 1, the layer, nbdfuse, and those that hide
 
 
 def test_a_probe_that_answers_takes_its_programs_with_it(world: World, disk: str) -> None:
@@ -92,7 +100,7 @@ def test_a_flood_of_output_is_cut(world: World, disk: str) -> None:
         {disk: world.uri(disk)},
         world.work,
     )[0]
-    assert (endless.verdict, endless.reason, endless.output_cut) == ("fail", "no verdict within 1.5 s", True)
+    assert (endless.verdict, endless.reason, endless.output_cut) == ("fail", "no verdict within 4 s", True)
 
 
 @pytest.mark.parametrize(
