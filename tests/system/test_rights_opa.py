@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -85,11 +87,22 @@ def test_hung(world):
         os.kill(world.process.pid, signal.SIGCONT)
 
 
-def test_a_bundle_of_another_key_is_refused_and_the_old_one_stays(world, tmp_path):
-    """R13"""
+def unsigned(bundle):
+    """Return a bundle without its signature."""
+    stripped = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(bundle)) as old, tarfile.open(fileobj=stripped, mode="w:gz") as new:
+        for entry in old:
+            if entry.name != ".signatures.json":
+                new.addfile(entry, old.extractfile(entry))
+    return stripped.getvalue()
+
+
+@pytest.mark.parametrize("change", [lambda bundle: bundle, unsigned, lambda bundle: bundle[:-20]])
+def test_a_bundle_that_is_not_signed_by_the_key_is_refused_and_the_old_one_stays(world, tmp_path, change):
+    """R13: of another key, of none, or cut off."""
     before = world.rights.state().revision
     open_all = sources_with(mechanism("adequacy", "UK", "USA", end_s=2**33))
-    world.tampered = build_bundle(open_all, seed_facts(), Signer.open(tmp_path / "forger"))[1]
+    world.tampered = change(build_bundle(open_all, seed_facts(), Signer.open(tmp_path / "forger"))[1])
     try:
         eventually(lambda: "refused a bundle" in world.rights.state().problem)
         later(world)
@@ -130,10 +143,10 @@ def lives(pid):
 
 def test_it_listens_here_alone_and_dies_with_who_started_it(world, tmp_path):
     script = (
-        "import sys,time,pathlib\n"
+        "import sys,time,pathlib,socket\n"
         "from dr_cloud.rights.opa_process import OpaProcess\n"
         "p = OpaProcess(pathlib.Path(sys.argv[1]), 'http://127.0.0.1:9/bundle', sys.argv[2])\n"
-        "while p.pid is None: time.sleep(0.01)\n"
+        "while socket.socket().connect_ex(('127.0.0.1', int(p.url.rsplit(':')[-1]))): time.sleep(0.02)\n"
         "print(p.pid, p.url, flush=True)\n"
         "time.sleep(60)\n"
     )
