@@ -8,12 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import probe_plugin
 import pytest
-from probe_world import MIB, World, ext4, loops, processes_of, run, wait_until, world
+from probe_world import MIB, World, ext4, loops, processes_of, run, sparse, wait_until, world
 
 from dr_cloud.recovery.probes.runner import run_probes
 from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeResult, parse_spec
@@ -92,11 +92,7 @@ def test_a_flood_of_output_is_cut(world: World, disk: str) -> None:
     assert "first" in result.output
     assert result.output.endswith("last\n")
     endless = run_probes(
-        [
-            parse_spec("fsck").model_copy(
-                update={"kind": "command", "parameters": {"argv": ["yes"]}, "timeout_seconds": 1.5}
-            )
-        ],
+        [parse_spec("command:yes").model_copy(update={"timeout_seconds": 4})],
         {disk: world.uri(disk)},
         world.work,
     )[0]
@@ -146,6 +142,35 @@ def test_stopped_in_the_middle(world: World, disk: str) -> None:
     stop.set()
     runner.join(5)
     assert [result.reason for result in found] == ["stopped", "stopped before it began"]
+
+
+def test_a_stack_that_stops_answering(world: World, require_tool: Callable[[str], str]) -> None:
+    """In the middle of the kernel's mount, when nothing can be interrupted: the time-out ends it all the same."""
+    require_tool("mkfs.xfs")
+    run("mkfs.xfs", "-q", sparse(world.folder / "xfs", 320 * MIB))
+    socket = world.folder / "other.sock"
+    stack = subprocess.Popen(["nbdkit", "--exit-with-parent", "-f", "-r", "-U", socket, "file", world.folder / "xfs"])
+    found: list[ProbeResult] = []
+
+    def probe() -> None:
+        disks = {"disk": f"nbd+unix:///?socket={socket}"}
+        found.extend(run_probes([parse_spec("mount:timeout=6")], disks, world.work))
+
+    def is_mounting() -> bool:
+        return any(b"nbdfuse" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes_of(world.work))
+
+    try:
+        assert wait_until(socket.exists)
+        runner = threading.Thread(target=probe)
+        runner.start()
+        assert wait_until(is_mounting)
+        stack.send_signal(signal.SIGSTOP)
+        runner.join(20)
+    finally:
+        stack.kill()
+        stack.wait()
+    assert [result.reason for result in found] == ["no verdict within 6 s"]
+    assert found[0].seconds < 12
 
 
 @pytest.mark.parametrize("which", ["runner", "keeper"])
