@@ -306,6 +306,8 @@ class SourceHub:
             for disk in hello.disks
             if disk.name in indexes
         }
+        if hello.disks and not disks:
+            return  # the manager learns of its disks from here: a checkpoint without them would be none of this server
         # A copy's bits say nothing of another copy of the same tap, so it counts as another tap.
         tap_id = f"{int(hello.tap, 16) ^ hello.copy_number:032x}"
         announced = Announced(tap_id, hello.server, port.host, hello.durable, disks)

@@ -47,6 +47,20 @@ async def test_taps_wait_for_orders_and_their_disks_get_the_vpgs_indexes(site: S
     assert site.image(await site.newer("shop")) == {"db/data": b.read_bytes(), "db/root": a.read_bytes()}
 
 
+async def test_there_is_no_checkpoint_before_the_disks_have_their_indexes(site: Site) -> None:
+    """R8: a server of which no disk is known yet is absent; a time of which a test would serve nothing is not offered."""
+    disk = site.disk("a", data=block(1))
+    await site.tap("db", "h0", root=disk)
+    await site.hub.configure([orders("shop", {"db": {}})])
+    await until(lambda: site.report("shop").linked)
+    await asyncio.sleep(0.5)
+    assert site.report("shop").taps == {"db": "absent"}
+    assert [server.name for server in site.hub.seen()] == ["db"]
+    assert site.report("shop").checkpoints == 0
+    await site.hub.configure([orders("shop", {"db": {"root": 0}})])
+    assert site.image(await site.newer("shop")) == {"db/root": disk.read_bytes()}
+
+
 async def test_configure_again_changes_nothing_and_pause_keeps_what_is_missing(site: Site) -> None:
     """R8: orders are a state; while a VPG is paused its taps go on by bitmap, and only what is missing comes after."""
     disk = site.disk("a", data=block(1))
