@@ -108,12 +108,17 @@ ASKED: Final[dict[str, Action]] = {
         "site.unpair",
         "vdsa.deploy",
         "vdsa.undeploy",
+        "token.create",
+        "token.revoke",
     ),
     Action.OPERATE,
 )
 """What the rights manager is asked, with the place of the person, when an operation is on an enterprise's things.
 
-The others neither show an enterprise's data nor act on its protection: names, states, tokens, alerts."""
+The others neither show an enterprise's data nor act on its protection: names, states, alerts."""
+OF_OWN_PEOPLE: Final = frozenset({"token.create", "token.revoke"})
+"""Asked of an enterprise's own people only, who would else lend each other their places. The first token of an
+enterprise comes from the provider, whose people may sit anywhere; it is in the audit log and in the list of tokens."""
 
 OF_PROVIDER: Final = frozenset({Role.PROVIDER_ADMIN, Role.PROVIDER_OPERATOR})
 OF_ENTERPRISE: Final = frozenset({Role.ENTERPRISE_ADMIN, Role.ENTERPRISE_OPERATOR})

@@ -33,7 +33,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
-from dr_cloud.manager.access import ASKED, check_owner, check_role, no_enterprise
+from dr_cloud.manager.access import ASKED, OF_OWN_PEOPLE, check_owner, check_role, no_enterprise
 from dr_cloud.manager.desk import Desk
 from dr_cloud.manager.events import Events
 from dr_cloud.manager.fabric import Fabric
@@ -295,6 +295,8 @@ class Operations:
         """Ask whether the caller may act on an enterprise at all, from where it sits."""
         action = ASKED.get(operation)
         if enterprise == PROVIDER or who.place is None or action not in (Action.OPERATE, Action.LOGS):
+            return []
+        if who.enterprise is None and operation in OF_OWN_PEOPLE:
             return []
         with self._database.read(enterprise) as session:
             _enterprise_row(session, enterprise)

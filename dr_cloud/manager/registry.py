@@ -1,8 +1,8 @@
 """The registry in the store: so that a provider that lost its database loses nothing but its log of the past.
 
 Purpose: everything that people decided (enterprises, sites, certificates, tokens' hashes, VPGs, targets, disk indexes,
-tests and their verdicts) is written to the object store after each change. `rebuild` fills an empty database from
-there. Checkpoints are not in it: the journals are their catalogue.
+tests and their verdicts, policies), and the head of each record of decisions, is written to the object store after
+each change. `rebuild` fills an empty database from there. Checkpoints are not in it: the journals are their catalogue.
 
 Layout::
 

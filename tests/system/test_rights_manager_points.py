@@ -13,7 +13,7 @@ from rights_world import UK, US, RightsWorld, target, to
 from sqlalchemy import select
 
 from dr_cloud.manager import tables
-from dr_cloud.manager.access import ASKED
+from dr_cloud.manager.access import ASKED, OF_OWN_PEOPLE
 from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.manager.tenancy import EVERYONE
 from dr_cloud.model.cloud import (
@@ -277,6 +277,8 @@ def acts(world: RightsWorld, test: str, task: str) -> dict[str, Callable[[Any], 
     """Return by operation of the table a call of it, by somebody, on acme's things."""
     cloud = world.cloud
     settings = cloud.vpg(SYSTEM, "acme", "erp").settings
+    spare = TokenRequest(name="spare", role=Role.AUDITOR, enterprise="acme")
+    token = cloud.create_token(SYSTEM, spare).token.id
     return {
         "vpg.create": lambda who: cloud.create_vpg(who, "acme", to("us-east", name="new")),
         "vpg.update": lambda who: cloud.update_vpg(who, "acme", "erp", settings),
@@ -297,6 +299,10 @@ def acts(world: RightsWorld, test: str, task: str) -> dict[str, Callable[[Any], 
         "site.pair": lambda who: cloud.create_pairing(who, "acme", "acme-hq"),
         "site.unpair": lambda who: cloud.unpair(who, "acme", "acme-hq"),
         "vdsa.deploy": lambda who: cloud.deploy_vdsa(who, "acme", "acme-hq", "h1", VdsaDeployment()),
+        "token.create": lambda who: cloud.create_token(
+            who, TokenRequest(name="x", role=Role.AUDITOR, enterprise="acme")
+        ),
+        "token.revoke": lambda who: cloud.revoke_token(who, token),
         "vdsa.undeploy": lambda who: cloud.undeploy_vdsa(who, "acme", "acme-hq", "h1"),
     }
 
@@ -312,7 +318,7 @@ def test_an_operator_acts_only_from_where_it_may(world: RightsWorld):
     nowhere = world.person(None, Role.PROVIDER_ADMIN, None).model_copy(update={"place": ""})
     far = world.person("acme", Role.ENTERPRISE_ADMIN, "BR")
     for operation, call in calls.items():
-        for who in (nowhere, far):
+        for who in (far,) if operation in OF_OWN_PEOPLE else (nowhere, far):
             error, written = refused(world, lambda c=call, w=who: c(w))
             assert "person sits" in error.reasons[0], operation
             assert written[0].action == ASKED[operation].value, operation

@@ -165,6 +165,17 @@ def test_every_damage_is_found(world: RightsWorld, damage: str):
     assert world.cloud.verify_decisions(SYSTEM, "brit").whole
 
 
+def test_a_row_that_is_forged_with_its_hash_is_found(world: RightsWorld):
+    """R13: right in itself, but the next one does not follow on it."""
+    furnish(world)
+    with world.cloud._database.write("acme") as session:
+        row = session.get_one(tables.Decision, ("acme", 3))
+        row.subject = "vpg/innocent"
+        row.hash = record.view(row).digest()
+    check = world.cloud.verify_decisions(SYSTEM, "acme")
+    assert check.problem == "decision 4 does not follow on 3"
+
+
 def test_a_tail_that_is_cut_off_with_its_head_is_found(world: RightsWorld):
     """R13: the heads in the store bear witness against whoever can write rows."""
     found = furnish(world)

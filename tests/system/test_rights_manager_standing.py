@@ -89,9 +89,12 @@ def test_a_mechanism_that_ends_closes_what_it_opened(world: RightsWorld):
     world.clock.now_ns = now_ns + 99 * SECOND_NS
     world.look()
     assert world.denied(UK) == ""
+    hosts, sites = len(world.fabric.asked("host_orders_changed")), len(world.fabric.asked("orders_changed"))
     world.clock.now_ns = now_ns + 100 * SECOND_NS
     world.look()
     assert "nothing opens USA to UK" in world.denied(UK)
+    assert ("uk-south", "h1") in world.fabric.asked("host_orders_changed")[hosts:]
+    assert world.fabric.asked("orders_changed")[sites:] == [("acme", "acme-hq")]
     world.clock.now_ns = now_ns + 200 * SECOND_NS
     world.look()
     assert world.denied(UK) == ""
