@@ -23,6 +23,8 @@ from dr_cloud.rights.rights import GrantRequest, Rights
 
 GRACE_NS: Final = GRACE_SECONDS * SECOND_NS
 RENEWED_NS: Final = GRACE_NS // 3
+_ASKED_AT_ONCE: Final = 256
+"""A question takes an engine about a millisecond, and whoever asks waits for two seconds."""
 _KEPT_MAX: Final = 10_000
 """Above so many, what has run out is looked for and forgotten."""
 log = structlog.get_logger(__name__)
@@ -64,7 +66,8 @@ class Desk:
         if not questions:
             return []
         try:
-            answers = [_whole(answer) for answer in self.rights.decide(questions)]
+            parts = (questions[at : at + _ASKED_AT_ONCE] for at in range(0, len(questions), _ASKED_AT_ONCE))
+            answers = [_whole(answer) for part in parts for answer in self.rights.decide(part)]
         except Exception as error:
             log.exception("desk.decide")
             answers = [Answer(reasons=[f"the rights manager does not answer: {type(error).__name__}"])]
@@ -107,7 +110,8 @@ class Desk:
         made: dict[str, tuple[Answer, str]] = {}
         if wanted:
             try:
-                found = self.rights.grant([requests[n] for n in wanted])
+                parts = (wanted[at : at + _ASKED_AT_ONCE] for at in range(0, len(wanted), _ASKED_AT_ONCE))
+                found = [one for part in parts for one in self.rights.grant([requests[n] for n in part])]
                 made = {keys[n]: (_whole(answer), text) for n, (answer, text) in zip(wanted, found, strict=True)}
             except Exception:
                 log.exception("desk.grant")
