@@ -113,7 +113,9 @@ class Door:
     def disconnect(self, site: str) -> None:
         """Close the links of a site."""
         if self._is_open.is_set():
-            self._loop.loop.call_soon_threadsafe(self._gate.disconnect, site, "the certificate is revoked")
+            self._loop.loop.call_soon_threadsafe(
+                self._gate.disconnect, site, "its certificate is revoked, or policy denies it"
+            )
 
     def collect_logs(self, site: str, request: LogRequest) -> bytes:
         """Return the archive of a site's logs."""

@@ -37,7 +37,10 @@ class ProviderSettings(BaseModel):
 
     @property
     def node(self) -> NodeSettings:
-        """Where the files of actors are. Each node has the state folder: shared, or with the keyring copied to it."""
+        """Where the files of actors are. Each node has the state folder: shared, or with the keyring copied to it.
+
+        So it is with `rights_key`.
+        """
         state = self.config.state
         return NodeSettings(
             keyring=state / "keyring.json", work_dir=state / "work", cache_dir=state / "cache", run_dir=state / "run"

@@ -1,9 +1,9 @@
 """`dr-cloud provider up` without its command line: starts a provider's actors, and ends them.
 
 Start
-    The state folder is locked, Ray is started or joined, and the manager's actor made; it does the rest by itself
-    (`dr_cloud.actors.manager`), also when Ray starts it again. Where a cluster is joined its actors may still run from
-    before: they are found by name and stay as they are.
+    The state folder is locked, Ray is started or joined, and the actors of manager and rights manager made; the manager
+    does the rest by itself (`dr_cloud.actors.manager`), also when Ray starts it again. Where a cluster is joined its
+    actors may still run from before: they are found by name and stay as they are.
 
 End
     On SIGTERM every actor finishes what is under way and ends; then Ray, if it was started here. After kill -9 of this

@@ -6,6 +6,7 @@ owner; two data centers in the USA, one in each of the others. All three replica
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -31,7 +32,7 @@ from dr_cloud.journal.catalogue import Catalogue
 from dr_cloud.journal.envelope import Opened
 from dr_cloud.journal.frame import open_frame
 from dr_cloud.journal.objects import MAGIC, VERSION
-from dr_cloud.link.messages import Hello, Refused, decode_control, encode_control
+from dr_cloud.link.messages import Hello, Refused, Welcome, decode_control, encode_control
 from dr_cloud.link.purpose import REPLICATION, replication_arguments
 from dr_cloud.link.stream import connect
 from dr_cloud.link.websocket import dial
@@ -114,6 +115,11 @@ class Rights:
     def objects(self, center: str, enterprise: str) -> int:
         """How many objects of an enterprise lie in a data center."""
         return sum(1 for path in self.store(center).glob(f"{enterprise}/**/*") if path.is_file())
+
+    def objects_at(self, changed_ns: int, center: str, enterprise: str) -> int:
+        """How many lie there when the time is over in which what is forbidden must have stopped."""
+        time.sleep(max(0.0, STOP_SECONDS - (time.time_ns() - changed_ns) / 1e9))
+        return self.objects(center, enterprise)
 
     def decides(self) -> bool:
         state = self.world.client("-").rights_state()
@@ -261,6 +267,37 @@ async def test_a_vdsa_keeps_nothing_without_a_good_grant(rights: Rights, tmp_pat
     assert rights.objects("uk-south", "acme") == 0
 
 
+@contextlib.contextmanager
+def hanging(pid: int, end: signal.Signals = signal.SIGKILL) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, end)
+
+
+async def test_a_scope_is_let_go_when_its_grant_ends(rights: Rights) -> None:
+    """R13.3: while the manager hangs nobody renews it, so the VDSA closes the scope and its streams by itself."""
+    name, scope, store = "vdsa/uk-south/h1/", Scope("brit", "web", "short"), f"file://{rights.store('uk-south')}"
+    config = rights.provider.settings.config
+    with hanging(rights.pid("manager"), signal.SIGCONT):
+        await asyncio.sleep(0.5)  # what was on its way to the VDSA has arrived
+        grant = issue(Grant(scope, "uk-south", store, "r", int(time.time()) + 4), Signer.open(config.state))
+        admitted = rights.actor(name).admit.remote([TargetOrders(scope=scope, store=store, grant=grant)])
+        stream = await connect(ask(admitted, name))
+        await stream.send(encode_control(Hello(scope=scope, stream="0" * 32, connection=0, connections=1)))
+        answer = await stream.receive()
+        assert isinstance(answer, str) and isinstance(decode_control(answer), Welcome)
+        async with asyncio.timeout(8):
+            with contextlib.suppress(OSError):
+                while await stream.receive() is not None:
+                    pass
+    lines = (config.state / "logs" / "vdsa+uk-south+h1" / "log.jsonl").read_text().splitlines()
+    told = [line for line in lines if "brit/web/short" in line]
+    assert any("its grant has ended" in line for line in told), told
+
+
 def blocks_sent(rights: Rights, scope: Scope, center: str, after_ns: int) -> set[int]:
     """The blocks in every frame that a target has stored since a time."""
     keys = Keyring.open(rights.world.folder / "p" / "keyring.json").vpg_keys(scope)
@@ -317,10 +354,11 @@ def test_a_policy_change_under_load(rights: Rights) -> None:
     rights.apply()
     stopped = wait_while(lambda: reads(uri), STOP_SECONDS)
     wait_until(lambda: rights.target("acme", "uk-south").denied, STOP_SECONDS - stopped)
-    kept, stopped_ns = rights.objects("uk-south", "acme"), time.time_ns()
+    stopped_ns = time.time_ns()
     assert stopped_ns - changed_ns < STOP_SECONDS * 1e9
     assert "nothing opens USA to UK" in rights.target("acme", "uk-south").denied
-    time.sleep(3)
+    kept = rights.objects_at(changed_ns, "uk-south", "acme")
+    time.sleep(2)
     assert rights.objects("uk-south", "acme") == kept, "it went on being stored"
     with pytest.raises(DeniedError):
         client.start_tests("web", TestsRequest(target="uk-south", times_ns=[newest_ns]))
@@ -351,10 +389,11 @@ def test_a_link_that_policy_cuts(rights: Rights) -> None:
     others = [rights.servers[name] for name in ("acme", "brit")]
     jurisdictions = {name: record for name, record in before.jurisdictions.items() if name != "APAC"}
     written = len(coral.guest.writes)
+    changed_ns = time.time_ns()
     world.client("-").apply_policies(PolicyChange(regulation=Regulation(jurisdictions=jurisdictions)))
     wait_until(lambda: not client.site("singapore").connected, STOP_SECONDS)
     wait_until(lambda: rights.target("coral", "east").denied, STOP_SECONDS)
-    kept = rights.objects("apac-1", "coral")
+    kept = rights.objects_at(changed_ns, "apac-1", "coral")
     wait_until(lambda: "the provider refuses this site" in world.log("singapore"), 20)
     assert "coral" in client.site("singapore").denied, "why, by its own name"
     rights.goes_on(others)
@@ -368,16 +407,6 @@ def test_a_link_that_policy_cuts(rights: Rights) -> None:
 def place_open(rights: Rights, enterprise: str, center: str) -> bool:
     places = rights.world.client(enterprise).explain().data_centers
     return next(place.open for place in places if place.data_center == center)
-
-
-@contextlib.contextmanager
-def hanging(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def opa_of(pid: int) -> int:
