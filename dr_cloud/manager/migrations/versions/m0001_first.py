@@ -421,7 +421,8 @@ def _secure(table: str) -> None:
     """Let a row be seen and written by its own enterprise only; the table's owner is held to it as well."""
     op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
     op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
-    setting = "current_setting('dr_cloud.enterprise', true)"
+    # A setting that was local to an earlier transaction of the connection is empty, not missing; '' is the provider.
+    setting = "nullif(current_setting('dr_cloud.enterprise', true), '')"
     op.execute(f"CREATE POLICY tenant ON {table} USING (enterprise = {setting} OR {setting} = '*')")
 
 

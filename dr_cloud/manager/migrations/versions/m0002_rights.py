@@ -61,7 +61,8 @@ def upgrade() -> None:
 def _secure(table: str) -> None:
     op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
     op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
-    setting = "current_setting('dr_cloud.enterprise', true)"
+    # A setting that was local to an earlier transaction of the connection is empty, not missing; '' is the provider.
+    setting = "nullif(current_setting('dr_cloud.enterprise', true), '')"
     op.execute(f"CREATE POLICY tenant ON {table} USING (enterprise = {setting} OR {setting} = '*')")
 
 
