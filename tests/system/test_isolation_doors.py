@@ -83,7 +83,7 @@ async def words(provider: Provider, door: str, credentials: Credentials) -> str:
     """Return in what words a door refuses a certificate."""
     count = len(provider.doors[door].sessions)
     answer = await refused(dial(provider.url(door), credentials.client_context()))
-    assert len(provider.doors[door].sessions) == count
+    assert len(provider.doors[door].sessions) <= count  # one that was closed before may be gone only now
     return answer
 
 
