@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from cloud_databases import BOTH
 from cloud_world import CONFIG, World, settings
 
 from dr_cloud.manager import tables
@@ -135,6 +137,11 @@ def target(name: str, site: str, datastore: str = "ds-1") -> dict[str, str]:
 def to(site: str, datastore: str = "ds-1", name: str = "erp", **more: object) -> VpgSettings:
     """Return settings of a VPG with one target."""
     return settings(name, targets=[target("dr", site, datastore)], **more)
+
+
+def on_both(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on PostgreSQL too; most differ in nothing that a database sees."""
+    return pytest.mark.parametrize("world", BOTH, indirect=True)(test)
 
 
 def until(condition: Callable[[], object], seconds: float) -> float:

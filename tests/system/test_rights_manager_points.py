@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloud_databases import BOTH, new_world, postgres  # noqa: F401
+from cloud_databases import new_world, postgres  # noqa: F401
 from cloud_world import LAW, OPEN_LAW
-from rights_world import UK, US, RightsWorld, target, to
+from rights_world import UK, US, RightsWorld, on_both, target, to
 from sqlalchemy import select
 
 from dr_cloud.manager import tables
@@ -34,7 +34,7 @@ from dr_cloud.model.vpg import ProtectedServer
 from dr_cloud.rights import grant
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=["sqlite"])
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RightsWorld]:
     yield from new_world(request, tmp_path / "provider", RightsWorld)
 
@@ -112,6 +112,7 @@ def test_a_pool_is_used_where_it_may_be(world: RightsWorld):
     assert {order.store[-5:] for order in world.cloud.host_orders("us-west", "h1").targets} == {"/near"}
 
 
+@on_both
 def test_a_group_is_changed_only_to_what_is_allowed(world: RightsWorld):
     """R13.1: also by a target that was allowed when it was made; the way out is to remove it."""
     who = world.principal("acme")
@@ -132,6 +133,7 @@ def test_a_group_is_changed_only_to_what_is_allowed(world: RightsWorld):
     world.done(world.cloud.update_vpg(who, "acme", "erp", settings))
 
 
+@on_both
 def test_tests_and_failovers_run_where_they_may(world: RightsWorld):
     """R13.3: test placement, failover."""
     who = world.principal("acme")
@@ -156,6 +158,7 @@ def test_tests_and_failovers_run_where_they_may(world: RightsWorld):
             world.cloud.discard_tests(who, "acme", "erp", 1)
 
 
+@on_both
 def test_frames_flow_only_where_they_may(world: RightsWorld):
     """R13.1: at the connector, which a forged client reaches without the API."""
     world.two_targets(world.principal("acme"))
@@ -213,6 +216,7 @@ def test_orders_are_cheap_and_grants_are_renewed(world: RightsWorld, monkeypatch
     assert orders() not in (first, second, "")
 
 
+@on_both
 def test_a_site_connects_only_where_it_may(world: RightsWorld):
     """R13.1: at the door, and afterwards its certificate is refused."""
     serial = world.pair("isle", "isle-hq")
@@ -234,6 +238,7 @@ def opened(origin: str, place: str) -> list[Any]:
     return [type(bridge).model_validate(bridge.model_dump(by_alias=True) | {"from": origin, "to": place})]
 
 
+@on_both
 def test_who_sits_elsewhere_reads_nothing(world: RightsWorld):
     """R13.3: access from a third country is a transfer: checkpoints, writes, images, logs."""
     here, far = world.principal("acme"), world.person("acme", Role.ENTERPRISE_ADMIN, "APAC")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cloud_databases import BOTH, new_world, postgres  # noqa: F401
+from cloud_databases import new_world, postgres  # noqa: F401
 from cloud_world import BACK, BRIDGE, LAW, OPEN_LAW
-from rights_world import BRITS, UK, US, RightsWorld, target, to, until
+from rights_world import BRITS, UK, US, RightsWorld, on_both, target, to, until
 
 from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.model.cloud import RecoveryTest, StopTest, TestsRequest
@@ -20,7 +20,7 @@ from dr_cloud.model.rights import GRACE_SECONDS, Regulation
 from dr_cloud.model.units import SECOND_NS, format_time
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=["sqlite"])
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RightsWorld]:
     yield from new_world(request, tmp_path / "provider", RightsWorld)
 
@@ -46,6 +46,7 @@ def running(world: RightsWorld, name: str) -> RecoveryTest:
     return world.cloud.test(SYSTEM, "acme", task.result["tests"][0])
 
 
+@on_both
 def test_a_policy_change_stops_the_right_targets_in_five_seconds(world: RightsWorld):
     """R13: the right ones stop, with the reason; the others do not notice; allowed again, they go on by delta."""
     who = world.principal("acme")
@@ -110,6 +111,7 @@ def test_a_grant_ends_with_its_ground(world: RightsWorld):
     assert world.cloud.host_orders("uk-south", "h1").targets == []
 
 
+@on_both
 def test_a_running_test_is_stopped_and_goes_on(world: RightsWorld):
     """R13.3: its stack answers nothing until it is allowed again; others go on; one that is not heard is told again."""
     world.two_targets(world.principal("acme"))
@@ -148,6 +150,7 @@ def test_a_restarted_manager_tells_stacks_what_it_finds(world: RightsWorld):
     assert set(world.fabric.paused) == {there.id}
 
 
+@on_both
 def test_a_link_that_is_no_longer_allowed_is_closed(world: RightsWorld):
     """R13.1: and let in again when it is."""
     serial = world.pair("isle", "isle-hq")
@@ -180,6 +183,7 @@ def test_what_stays_as_it_is_is_not_written(world: RightsWorld):
     assert {name: world.decisions(name) for name in before} == before
 
 
+@on_both
 def test_without_an_answer_nothing_new_begins_and_what_stands_goes_on(world: RightsWorld):
     """R13: no answer is a no to what is new; what stands goes on for a while, with an alert; then it stops too."""
     who = world.principal("acme")
@@ -249,6 +253,7 @@ def test_a_manager_that_begins_without_an_answer_stops_nothing(world: RightsWorl
     assert world.denied(UK)
 
 
+@on_both
 def test_what_if_lists_exactly_what_would_change(world: RightsWorld):
     """R13: before the change: what it would cut off, and what it would free; nothing is changed by asking."""
     world.two_targets(world.principal("acme"))
