@@ -3,6 +3,8 @@
 Paths. Things with a name lie under their enterprise: `/v1/enterprises/{enterprise}/vpgs/{vpg}`. `-` stands for the
 token's own enterprise; for the provider's own people it stands for all where a list is asked for. Things with an id of
 their own (tasks, tokens, alerts) lie at the top; `?enterprise=` narrows their lists.
+
+What asks nobody is `async`: a function that is not costs a way to another thread and back, at every request.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ async def refuse_nul(request: Request) -> None:
         raise InvalidError("the request holds the character NUL", "Take it out.")
 
 
-def _cloud(request: Request) -> Cloud:
+async def _cloud(request: Request) -> Cloud:
     cloud: Cloud = request.app.state.cloud
     return cloud
 
@@ -71,7 +73,7 @@ def _cloud(request: Request) -> Cloud:
 Manager = Annotated[Cloud, Depends(_cloud)]
 
 
-def _secret(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> str:
+async def _secret(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> str:
     if credentials is None:
         raise UnauthenticatedError("a token is needed", "Send it in the header: Authorization: Bearer TOKEN.")
     return credentials.credentials
@@ -89,7 +91,7 @@ def _who(request: Request, cloud: Manager, secret: Secret) -> Principal:
 Who = Annotated[Principal, Depends(_who)]
 
 
-def _any_tenant(
+async def _any_tenant(
     who: Who,
     enterprise: Annotated[
         str, Path(pattern=f"^(-|{_NAME})$", description="An enterprise; - is the token's own, or all where that fits.")
@@ -102,7 +104,7 @@ AnyTenant = Annotated[str | None, Depends(_any_tenant)]
 """An enterprise, or None for all."""
 
 
-def _tenant(enterprise: AnyTenant) -> str:
+async def _tenant(enterprise: AnyTenant) -> str:
     if enterprise is None:
         raise InvalidError("this token belongs to no enterprise", "Name the enterprise in place of -.")
     return enterprise
@@ -131,7 +133,11 @@ class Links:
         return page
 
 
-Linked = Annotated[Links, Depends()]
+async def _links(request: Request, response: Response) -> Links:
+    return Links(request, response)
+
+
+Linked = Annotated[Links, Depends(_links)]
 
 
 class Once:
