@@ -377,11 +377,12 @@ async def test_channels_end_with_the_orders_that_let_them_run(world: World, paus
         assert bytes(await vdsa.receive()) == b"frame"  # type: ignore[arg-type]
         world.office.sources = [running.model_copy(update={"paused": paused})] if paused else []
         world.gate.orders_changed("hq")
-        with pytest.raises(OSError):
-            assert await vdsa.receive() is None
-            raise ConnectionResetError
-        with pytest.raises(OSError):
-            await stream.receive()
+        async with asyncio.timeout(5):
+            with pytest.raises(OSError):
+                assert await vdsa.receive() is None
+                raise ConnectionResetError
+            with pytest.raises(OSError):
+                await stream.receive()
 
 
 async def test_a_relay_holds_a_fast_sender_to_a_slow_receiver() -> None:
