@@ -27,8 +27,9 @@ _DESCRIPTION: Final = """Continuous data protection for many enterprises, and re
 
 Things with a name lie under their enterprise, `/v1/enterprises/{enterprise}/…`; `-` stands for the token's own. What
 belongs to another enterprise is not found, exactly as what does not exist. Times are nanoseconds since the epoch. Long
-work answers 202 with a task. Errors are RFC 9457 problem documents that say what to do. Lists come in pages; the header
-`Link` names the next."""
+work answers 202 with a task. Errors are RFC 9457 problem documents that say what to do; what policy forbids is a 403 of
+type `denied`, with the reasons and the data centers that are open. Lists come in pages; the header `Link` names the
+next."""
 
 
 def _operation_name(route: APIRoute) -> str:

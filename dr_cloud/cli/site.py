@@ -21,7 +21,9 @@ Site = Annotated[str, typer.Argument(help="The site.")]
 @command(app, "list")
 def list_sites(call: Call) -> None:
     """List an enterprise's sites."""
-    call.out.rows(call.client.sites(), "enterprise name jurisdiction location paired connected last_seen_ns version")
+    call.out.rows(
+        call.client.sites(), "enterprise name jurisdiction location paired connected last_seen_ns version denied"
+    )
 
 
 @command(app, "show")

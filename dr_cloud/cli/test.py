@@ -43,7 +43,7 @@ def start(
         return
     ended = call.wait(task)
     tests = [test for test in call.client.tests(vpg) if test.task == ended.id]
-    call.out.rows(tests, "id at_ns status uris note problem")
+    call.out.rows(tests, "id at_ns status uris note problem denied")
 
 
 @command(app, "list")

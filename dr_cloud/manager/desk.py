@@ -66,13 +66,12 @@ class Desk:
         if not questions:
             return []
         try:
-            parts = (questions[at : at + _ASKED_AT_ONCE] for at in range(0, len(questions), _ASKED_AT_ONCE))
-            answers = [_whole(answer) for part in parts for answer in self.rights.decide(part)]
+            parts = [questions[at : at + _ASKED_AT_ONCE] for at in range(0, len(questions), _ASKED_AT_ONCE)]
+            told = [zip(part, self.rights.decide(part), strict=True) for part in parts]
+            answers = [_whole(answer) for part in told for _, answer in part]
         except Exception as error:
             log.exception("desk.decide")
-            answers = [Answer(reasons=[f"the rights manager does not answer: {type(error).__name__}"])]
-        if len(answers) != len(questions):
-            answers = [answers[0] if answers and not answers[0].allow else Answer()] * len(questions)
+            answers = [Answer(reasons=[f"the rights manager does not answer: {type(error).__name__}"])] * len(questions)
         now_ns = self._clock_ns()
         with self._lock:
             for question, answer in zip(questions, answers, strict=True):
@@ -110,9 +109,9 @@ class Desk:
         made: dict[str, tuple[Answer, str]] = {}
         if wanted:
             try:
-                parts = (wanted[at : at + _ASKED_AT_ONCE] for at in range(0, len(wanted), _ASKED_AT_ONCE))
-                found = [one for part in parts for one in self.rights.grant([requests[n] for n in part])]
-                made = {keys[n]: (_whole(answer), text) for n, (answer, text) in zip(wanted, found, strict=True)}
+                for part in (wanted[at : at + _ASKED_AT_ONCE] for at in range(0, len(wanted), _ASKED_AT_ONCE)):
+                    found = self.rights.grant([requests[n] for n in part])
+                    made |= {keys[n]: (_whole(answer), text) for n, (answer, text) in zip(part, found, strict=True)}
             except Exception:
                 log.exception("desk.grant")
         with self._lock:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from cloud_databases import new_world, postgres  # noqa: F401
 from cloud_world import LAW, OPEN_LAW
-from rights_world import UK, RightsWorld, on_both, to
+from rights_world import UK, RightsWorld, on_both, to, until
 from sqlalchemy import delete, select, text
 from sqlalchemy.exc import OperationalError
 
 from dr_cloud.manager import operations, record, tables, watch
 from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.manager.db import migrate, open_engine
+from dr_cloud.manager.questions import connects
 from dr_cloud.manager.registry import rebuild
 from dr_cloud.manager.tenancy import EVERYONE, Database
 from dr_cloud.model.cloud import CheckpointOrder, PageRequest
@@ -143,6 +144,40 @@ def test_nothing_is_lost_when_many_ask_at_once(world: RightsWorld):
     assert world.cloud.verify_decisions(SYSTEM, "acme").whole
 
 
+def test_nobody_is_refused_for_what_another_brings(world: RightsWorld, monkeypatch: pytest.MonkeyPatch):
+    """R13: callers share a transaction; one whose decision cannot be written fails alone, and has no permission."""
+    question = connects("acme", "acme-hq")
+    answer = world.cloud._context.desk.ask([question])[0]
+    inner = record.append
+
+    def picky(session: object, enterprise: str, entries: list[record.Entry], at_ns: int) -> None:
+        if entries[0].subject == "bad":
+            raise OperationalError("INSERT INTO decisions", {}, Exception("it cannot be"))
+        inner(session, enterprise, entries, at_ns)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(record, "append", picky)
+    before = len(world.decisions())
+    recorder = record.Recorder(world.cloud._database, world.clock)
+    failed: list[str] = []
+
+    def write(subject: str) -> None:
+        try:
+            recorder.write("acme", [record.Entry("connector", subject, question, answer)])
+        except OperationalError:
+            failed.append(subject)
+
+    with recorder._writing:  # until all wait
+        threads = [threading.Thread(target=write, args=[name]) for name in ("a", "bad", "b", "c")]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(recorder._waiting) == 4, 5)
+    for thread in threads:
+        thread.join()
+    assert failed == ["bad"]
+    assert sorted(d.subject for d in world.decisions()[before:]) == ["a", "b", "c"]
+    assert world.cloud.verify_decisions(SYSTEM, "acme").whole
+
+
 DAMAGES = {
     "changed": "UPDATE decisions SET subject = 'vpg/other' WHERE number = 3 AND enterprise = 'acme'",
     "yes of a no": "UPDATE decisions SET allow = true WHERE number = :last AND enterprise = 'acme'",
@@ -216,22 +251,24 @@ def test_a_record_that_is_forged_anew_is_found(world: RightsWorld):
     assert "not the one that was witnessed" in check.problem
 
 
-def test_heads_are_in_the_store_within_a_minute(world: RightsWorld):
+def test_heads_are_in_the_store_within_a_minute(world: RightsWorld, monkeypatch: pytest.MonkeyPatch):
     """R13: without any other change of the registry; and only when there is something new."""
     registry = world.cloud._context.registry
+    touched: list[str] = []
+    inner = registry.touch
+    monkeypatch.setattr(registry, "touch", lambda session, name: touched.append(name) or inner(session, name))
     furnish(world)
-    stored(world)
-    newest = world.decisions()[-1]
-    assert (newest.number, newest.hash) in [tuple(head) for head in registry.heads("acme")]
-    stored(world)
-    before = len(registry.heads("acme"))
-    stored(world)
-    assert len(registry.heads("acme")) == before
-    who = world.principal("acme")
-    world.cloud.checkpoints(who, "acme", "erp", "us")
-    stored(world)
-    newest = world.decisions()[-1]
-    assert (newest.number, newest.hash) in [tuple(head) for head in registry.heads("acme")]
+    for _ in range(2):
+        stored(world)
+        newest = world.decisions()[-1]
+        assert (newest.number, newest.hash) in [tuple(head) for head in registry.heads("acme")]
+        touched.clear()
+        stored(world)
+        assert touched == []
+        world.cloud.checkpoints(world.principal("acme"), "acme", "erp", "us")
+        touched.clear()
+        stored(world)
+        assert "acme" in touched
 
 
 def test_a_database_that_was_lost_goes_on_with_the_record_and_the_policies(world: RightsWorld, tmp_path: Path):

@@ -81,6 +81,22 @@ def test_whatever_goes_wrong_is_a_no(desk: Desk, told: Told, say: Callable[[Any]
     assert desk.ask([]) == []
 
 
+def test_answers_are_never_to_another_question(desk: Desk, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R13: where many are asked in parts, each part has as many answers as questions, or none is a yes."""
+    monkeypatch.setattr("dr_cloud.manager.desk._ASKED_AT_ONCE", 2)
+    lengths = iter([1, 3])
+    told.say = lambda asked: [YES] * next(lengths)
+    asked = [ASKED.model_copy(update={"vpg": f"v{number}"}) for number in range(4)]
+    assert not any(answer.allow for answer in desk.ask(asked))
+    told.say = lambda asked: [YES] * len(asked)
+    assert [answer.allow for answer in desk.ask(asked)] == [True] * 4
+    wanted = [request(f"file:///{number}") for number in range(4)]
+    lengths = iter([2, 1])
+    told.say = lambda asked: [YES] * next(lengths)
+    given = [bool(grant) for _, grant in desk.grants(wanted)]
+    assert given == [True, True, False, False]
+
+
 def test_a_yes_to_what_stands_is_remembered_while_there_is_no_answer(desk: Desk, told: Told, clock: Clock) -> None:
     """R13: for the time that is stated, never beyond its ground, and only by who asks for what stands."""
     told.say = lambda asked: [YES.model_copy(update={"until_s": clock() // SECOND_NS + 100})] * len(asked)
