@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +12,8 @@ from dr_cloud.recovery.probes.bench import Bench
 from dr_cloud.recovery.probes.errors import FailedError
 
 ENTRY_POINTS = "[dr_cloud.probes]\n" + "".join(
-    f"{name.lower()} = probe_plugin:{name}\n" for name in ("Hangs", "Raises", "Killed", "Leaves", "Eats", "Look")
+    f"{name.lower()} = probe_plugin:{name}\n"
+    for name in ("Hangs", "Raises", "Killed", "Leaves", "Writes", "Eats", "Look")
 )
 
 
@@ -52,9 +52,7 @@ class Killed:
 
     def run(self, bench: Bench) -> str:
         bench.mount(bench.the_volume(None), write=True)
-        # A signal that process 1 sends to itself does nothing; a fault ends it.
-        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-        fault()
+        ctypes.string_at(0)
         return "never"
 
 
@@ -66,6 +64,21 @@ class Leaves:
         bench.apart.start("sh", "-c", "trap '' TERM; (setsid sleep 600 &); sleep 600 & wait")
         subprocess.Popen(["setsid", "sleep", "600"])
         return "done"
+
+
+class Writes:
+    """Writes to a mounted file system for ever; tells when it has begun."""
+
+    def run(self, bench: Bench) -> str:
+        folder = bench.mount(bench.the_volume(None), write=True)
+        for number in range(1_000_000):
+            with open(folder / f"{number % 100}-{number}", "wb") as file:
+                file.write(os.urandom(10_000))
+                file.flush()
+                os.fsync(file.fileno())
+            if number == 3:
+                (bench.artefacts / "writing").touch()
+        return "never"
 
 
 class Eats:
@@ -98,8 +111,3 @@ class Look:
             return [os.getuid() >= 1 << 28, os.getgroups(), open_files[:4], set(rights) == {"0" * 16}, network]
 
         return str(bench.apart.call(look))
-
-
-def fault() -> None:
-    """Read what is not there."""
-    ctypes.string_at(0)

@@ -66,6 +66,14 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
+def command_of(process: int) -> bytes:
+    """Return a process's words, each ended by NUL; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def loops() -> list[str]:
     """Return the loop devices over a probe's volumes."""
     listed = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE").splitlines()

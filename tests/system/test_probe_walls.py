@@ -13,7 +13,7 @@ from pathlib import Path
 
 import probe_plugin
 import pytest
-from probe_world import MIB, World, ext4, loops, processes_of, run, sparse, wait_until, world
+from probe_world import MIB, World, command_of, ext4, loops, processes_of, run, sparse, wait_until, world
 
 from dr_cloud.recovery.probes.runner import run_probes
 from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeResult, parse_spec
@@ -64,7 +64,7 @@ def test_a_probe_that_hangs_and_hides_is_ended(world: World, disk: str) -> None:
     assert result.reason == "no verdict within 5 s"
     assert "hanging" in result.output
     assert 5 <= result.seconds < 10
-    assert seen >= 7  # keeper, process 1, the layer, nbdfuse, and those that hide
+    assert seen >= 7  # keeper, process 1, probe, layer, nbdfuse, and those that hide
 
 
 def test_a_probe_that_answers_takes_its_programs_with_it(world: World, disk: str) -> None:
@@ -144,39 +144,45 @@ def test_stopped_in_the_middle(world: World, disk: str) -> None:
     assert [result.reason for result in found] == ["stopped", "stopped before it began"]
 
 
-def test_a_stack_that_stops_answering(world: World, require_tool: Callable[[str], str]) -> None:
-    """In the middle of the kernel's mount, when nothing can be interrupted: the time-out ends it all the same."""
+@pytest.fixture(scope="module")
+def xfs_disk(world: World, require_tool: Callable[[str], str]) -> str:
     require_tool("mkfs.xfs")
-    run("mkfs.xfs", "-q", sparse(world.folder / "xfs", 320 * MIB))
-    socket = world.folder / "other.sock"
-    stack = subprocess.Popen(["nbdkit", "--exit-with-parent", "-f", "-r", "-U", socket, "file", world.folder / "xfs"])
+    run("mkfs.xfs", "-q", sparse(world.images / "xfs", 320 * MIB))
+    return "xfs"
+
+
+@pytest.mark.parametrize("kind", ["disk", "xfs_disk"])
+def test_a_stack_that_stops_answering(world: World, request: pytest.FixtureRequest, kind: str) -> None:
+    """In the middle of the kernel's own I/O, which nothing interrupts: the time-out ends it all the same."""
+    image = world.images / request.getfixturevalue(kind)
+    socket = world.folder / f"{kind}.sock"
+    stack = subprocess.Popen(["nbdkit", "--exit-with-parent", "-f", "-r", "-U", socket, "file", image])
     found: list[ProbeResult] = []
-
-    def probe() -> None:
-        disks = {"disk": f"nbd+unix:///?socket={socket}"}
-        found.extend(run_probes([parse_spec("mount:timeout=6")], disks, world.work))
-
-    def is_mounting() -> bool:
-        return any(b"nbdfuse" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes_of(world.work))
-
+    disks = {"disk": f"nbd+unix:///?socket={socket}"}
+    runner = threading.Thread(
+        target=lambda: found.extend(run_probes([parse_spec("writes:timeout=6")], disks, world.work))
+    )
     try:
         assert wait_until(socket.exists)
-        runner = threading.Thread(target=probe)
         runner.start()
-        assert wait_until(is_mounting)
+        assert wait_until(lambda: bool(list(world.work.glob(".probe-*/artefacts/writing"))))
         stack.send_signal(signal.SIGSTOP)
-        runner.join(20)
+        runner.join(25)
+        assert processes_of(world.work) == []
+        assert loops() == []
     finally:
         stack.kill()
         stack.wait()
     assert [result.reason for result in found] == ["no verdict within 6 s"]
-    assert found[0].seconds < 12
+    assert found[0].seconds < 11
 
 
-@pytest.mark.parametrize("which", ["runner", "keeper"])
-def test_killed_with_nine(world: World, disk: str, which: str) -> None:
+@pytest.mark.parametrize(("which", "kind"), [("runner", "disk"), ("keeper", "disk"), ("keeper", "xfs_disk")])
+def test_killed_with_nine(world: World, request: pytest.FixtureRequest, which: str, kind: str) -> None:
     """The runner or the keeper gone at once, in the middle of a mount: the kernel ends the rest."""
     path = os.pathsep.join(filter(None, sys.path))
+    served: set[int] = set()
+    disk = request.getfixturevalue(kind)
     command = [sys.executable, "-m", "dr_cloud.cli.main", "probe", "run", "hangs", "--work", str(world.work)]
     runner = subprocess.Popen(
         [*command, "--disk", f"{disk}={world.uri(disk)}"],
@@ -185,6 +191,12 @@ def test_killed_with_nine(world: World, disk: str, which: str) -> None:
     )
     try:
         assert wait_until(lambda: len(processes_of(world.work)) > 6 and bool(loops()))
+        for pid in processes_of(world.work):
+            # What serves a file system's disk must not be what the kernel unmounts it by.
+            if command_of(pid).startswith((b"nbdfuse\0", b"qemu-nbd\0")):
+                assert "-mounted" not in Path(f"/proc/{pid}/mountinfo").read_text()
+                served.add(pid)
+        assert len(served) == 2
         keepers = run("ps", "--ppid", runner.pid, "-o", "pid=").split()
         os.kill(runner.pid if which == "runner" else int(keepers[0]), signal.SIGKILL)
         assert wait_until(lambda: processes_of(world.work) == [], 5)
@@ -199,6 +211,7 @@ def test_killed_with_nine(world: World, disk: str, which: str) -> None:
         assert b"killed by SIGKILL" in printed
     # The next run in this folder removes what a dead one left, and not what a living one holds.
     assert world.probe("fsck", disk).passed
+    assert list(world.work.glob(".probe-*")) == []
 
 
 def test_many_at_once(world: World, disk: str) -> None:

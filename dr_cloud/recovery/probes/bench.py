@@ -21,7 +21,7 @@ from typing import Final, Self
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.recovery.probes.apart import Apart, end
 from dr_cloud.recovery.probes.errors import FailedError
-from dr_cloud.recovery.probes.layer import layer_uri, start_layer, wait_for
+from dr_cloud.recovery.probes.layer import Servers, layer_uri, start_layer, unmount, wait_for
 from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeSpec
 from dr_cloud.recovery.probes.volumes import Volume, read_volumes
 
@@ -37,14 +37,13 @@ MOUNT_OPTIONS: Final = {
     "vfat": ("vfat", "errors=remount-ro"),
 }
 """By kind of file system, the driver and its options."""
-_UNMOUNT_TRIES: Final = 20
 _UNMOUNT_SECONDS: Final = 2.0
 
 
 class Bench:
     """The disks and tools of one probe. Made and closed by `inside.py`."""
 
-    def __init__(self, spec: ProbeSpec, disks: Mapping[str, str], limits: ProbeLimits, user: int) -> None:
+    def __init__(self, spec: ProbeSpec, disks: Mapping[str, str], limits: ProbeLimits, user: int, servers: int) -> None:
         self.disks = dict(disks)
         """Name → NBD address of the stack itself: to read from."""
         self.home = INSIDE / "home"
@@ -56,6 +55,7 @@ class Bench:
         self._ends = contextlib.ExitStack()
         self.apart = Apart(user, self.home, limits.scratch_bytes, self._ends)
         """Runs programs and functions that touch the data."""
+        self._servers = Servers(servers)
         self._count = 0
 
     def __enter__(self) -> Self:
@@ -108,7 +108,7 @@ class Bench:
         # QEMU counts in sectors; no partition ends within one.
         self._count += 1
         server, socket = start_layer(
-            self.disks[disk], start_bytes, size_bytes // 512 * 512, INSIDE, f"layer-{self._count}"
+            self._servers, self.disks[disk], start_bytes, size_bytes // 512 * 512, INSIDE, f"layer-{self._count}"
         )
         self._ends.callback(end, server)
         os.chown(socket, self.apart.user, self.apart.user)
@@ -120,10 +120,10 @@ class Bench:
         path = INSIDE.parent / f"file-{self._count}" / "volume"
         path.parent.mkdir()
         # Its reading is bounded by the layer's own limits; its address space is not the data's.
-        fuse = subprocess.Popen(["nbdfuse", "-o", "allow_other", path, uri], stdin=subprocess.DEVNULL)
+        fuse = self._servers.start("nbdfuse", "-o", "allow_other", path, uri)
         self._ends.callback(_wait_and_end, fuse)
         wait_for(fuse, path.exists, str(volume))
-        self._ends.callback(_unmount, path.parent)
+        self._ends.callback(self._servers.unmount, path.parent)
         return path
 
     @contextlib.contextmanager
@@ -162,7 +162,7 @@ class Bench:
         try:
             yield folder
         finally:
-            _unmount(folder)
+            unmount(folder)
             folder.rmdir()
 
     def mount(self, volume: Volume, write: bool = False) -> Path:
@@ -185,11 +185,3 @@ def _wait_and_end(fuse: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         fuse.wait(_UNMOUNT_SECONDS)
     end(fuse)
-
-
-def _unmount(folder: Path) -> None:
-    for _ in range(_UNMOUNT_TRIES):
-        if subprocess.run(["umount", folder], stderr=subprocess.DEVNULL, check=False).returncode == 0:
-            return
-        time.sleep(0.1)
-    subprocess.run(["umount", "--lazy", folder], check=False)

@@ -1,10 +1,14 @@
 """The process of one probe, and the walls around it: `python -m dr_cloud.recovery.probes.inside`.
 
-    runner ──▶ keeper ──▶ process 1 of a new namespace: the probe ──▶ its programs, as a user of their own
+    runner ──▶ keeper ──▶ process 1 of a new namespace ──▶ the probe ─┬─▶ its programs, as a user of their own
+                                                                      └─▶ the disks' servers, in other mounts
 
 The keeper leaves the namespaces of processes, mounts, IPC and host name, starts process 1 and waits. When process 1 is
 gone, by its own end or killed, the kernel has ended every process below it, however deep it hid; with the last of them
 go the mounts, and with the mounts the loop devices. So there is nothing to clean up one by one, and nothing to forget.
+
+Process 1 only waits for the probe: it touches no disk, so it can always be killed. A probe in the midst of a disk's I/O
+cannot, until that I/O fails; and it fails when the disk's servers are killed, which process 1's end does.
 
 Who ends it: the probe, by returning; the runner, by SIGTERM to the keeper (time-out, stop); the kernel, when the runner
 or the keeper dies (each dies with its parent).
@@ -54,7 +58,7 @@ class Job(BaseModel):
 
 
 class Verdict(BaseModel):
-    """What process 1 tells."""
+    """What the probe tells."""
 
     passed: bool
     reason: str
@@ -85,14 +89,27 @@ def main() -> int:
 
 
 def _first(job: Job, user: int, alive: int) -> int:
-    """Be process 1: build the walls, run the probe, tell."""
+    """Be process 1: start the probe and wait for its end; return the exit code as `main` does."""
+    kernel.die_with_parent()
+    os.set_blocking(alive, False)
+    with contextlib.suppress(BlockingIOError):
+        os.read(alive, 1)
+        return 1  # the keeper is gone already
+    probe = os.fork()
+    if probe == 0:
+        os._exit(_probe(job, user))
+    os.close(job.verdict)
+    while True:
+        process, status = os.wait()
+        if process == probe:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _probe(job: Job, user: int) -> int:
+    """Be the probe: build the walls, look, tell; return the exit code."""
     code = 1
     try:
-        kernel.die_with_parent()
-        os.set_blocking(alive, False)
-        with contextlib.suppress(BlockingIOError):
-            os.read(alive, 1)
-            return 1  # the keeper is gone already
         verdict = _verdict(job, user)
         with open(job.verdict, "w") as file:
             file.write(verdict.model_dump_json())
@@ -107,8 +124,8 @@ def _first(job: Job, user: int, alive: int) -> int:
 
 def _verdict(job: Job, user: int) -> Verdict:
     try:
-        _build_walls(job, user)
-        with Bench(job.spec, job.disks, job.limits, user) as bench:
+        servers = _build_walls(job, user)
+        with Bench(job.spec, job.disks, job.limits, user, servers) as bench:
             return Verdict(passed=True, reason=make_probe(job.spec).run(bench))
     except FailedError as failed:
         return Verdict(passed=False, reason=str(failed))
@@ -119,8 +136,11 @@ def _verdict(job: Job, user: int) -> Verdict:
         return Verdict(passed=False, reason=f"the probe crashed: {type(error).__name__}: {error}".rstrip(": "))
 
 
-def _build_walls(job: Job, user: int) -> None:
-    """Make what only this probe sees: mounts, /proc, shared memory, its folder; then set the limits."""
+def _build_walls(job: Job, user: int) -> int:
+    """Make what only this probe sees: mounts, /proc, shared memory, its folder; set the limits.
+
+    Returns the open namespace for servers, as `_leave_servers_behind`.
+    """
     socket.sethostname("probe")
     kernel.mount("none", "/", "", kernel.PRIVATE_BELOW)
     flags = kernel.NO_SUID | kernel.NO_DEVICES | kernel.NO_EXEC
@@ -136,6 +156,7 @@ def _build_walls(job: Job, user: int) -> None:
     for name in ("home", "artefacts"):
         (INSIDE / name).mkdir(mode=0o700)
         os.chown(INSIDE / name, user, user)
+    servers = _leave_servers_behind()
     kernel.gain_nothing()
     del os.environ["PYTHONPATH"]
     os.environ.update(HOME=str(INSIDE / "home"), TMPDIR=str(INSIDE / "home"))
@@ -146,6 +167,21 @@ def _build_walls(job: Job, user: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (job.limits.scratch_bytes, resource.RLIM_INFINITY))
     # Root is not bound by it; each user of its own is.
     resource.setrlimit(resource.RLIMIT_NPROC, (job.limits.processes, job.limits.processes))
+    return servers
+
+
+def _leave_servers_behind() -> int:
+    """Go on in mounts of our own; return the open namespace of the mounts that are left, for the disks' servers.
+
+    They see the disks as files, and not the file systems on them; we see both. A server that saw them could be the last
+    of the namespace when all are killed. Then it is for it to unmount them while it ends, and the kernel waits for what
+    only that server could have answered: for ever.
+    """
+    kernel.mount("none", "/mnt", "", kernel.SHARED)
+    servers = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    kernel.unshare(kernel.NEW_MOUNTS)
+    kernel.mount("none", "/", "", kernel.SLAVE_BELOW)
+    return servers
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ NO_EXEC: Final = 8
 BIND: Final = 4096
 PRIVATE_BELOW: Final = 16384 | 1 << 18
 """MS_REC | MS_PRIVATE: nothing mounted from now on is seen outside."""
+SLAVE_BELOW: Final = 16384 | 1 << 19
+"""MS_REC | MS_SLAVE: what is mounted outside from now on is seen, and not the other way round."""
+SHARED: Final = 1 << 20
 
 _DEATH_SIGNAL: Final = 1
 _NO_NEW_PRIVILEGES: Final = 38

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -16,6 +16,7 @@ from dr_cloud.recovery.probes.errors import FailedError
 
 EXPORT: Final = "disk"
 _START_SECONDS: Final = 20.0
+_UNMOUNT_TRIES: Final = 20
 
 
 def wait_for(process: subprocess.Popen[Any], there: Callable[[], bool], what: str) -> None:
@@ -33,8 +34,42 @@ def wait_for(process: subprocess.Popen[Any], there: Callable[[], bool], what: st
         time.sleep(0.005)
 
 
+class Servers:
+    """Starts the servers of disks, in the mounts that are left to them (see `inside.py`)."""
+
+    def __init__(self, mounts: int) -> None:
+        self._mounts = mounts
+
+    def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
+        """Start one."""
+        return subprocess.Popen(
+            [*self._there(), *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[self._mounts],
+            # Python ignores SIGXFSZ, and so shall they: a full layer is an I/O error and no sudden death.
+            restore_signals=False,
+        )
+
+    def unmount(self, folder: Path) -> None:
+        """Unmount what a server has mounted."""
+        unmount(folder, self._there(), [self._mounts])
+
+    def _there(self) -> list[str]:
+        return ["nsenter", f"--mount=/proc/self/fd/{self._mounts}", "--"]
+
+
+def unmount(folder: Path, there: Sequence[str] = (), files: Sequence[int] = ()) -> None:
+    """Unmount, when it is no longer busy."""
+    for _ in range(_UNMOUNT_TRIES):
+        command = [*there, "umount", str(folder)]
+        if subprocess.run(command, stderr=subprocess.DEVNULL, pass_fds=files, check=False).returncode == 0:
+            return
+        time.sleep(0.1)
+    subprocess.run([*there, "umount", "--lazy", str(folder)], pass_fds=files, check=False)
+
+
 def start_layer(
-    uri: str, start_bytes: int, size_bytes: int, folder: Path, name: str
+    servers: Servers, uri: str, start_bytes: int, size_bytes: int, folder: Path, name: str
 ) -> tuple[subprocess.Popen[bytes], Path]:
     """Serve a layer; return the server and its socket. What is written goes to an unnamed file in `folder`."""
     changes, socket = folder / f"{name}.qcow2", folder / f"{name}.sock"
@@ -56,14 +91,9 @@ def start_layer(
             "file": {"driver": "nbd", "read-only": True, **source},
         },
     }
-    server = subprocess.Popen(
-        [
-            *("qemu-nbd", "--persistent", "--shared=8", "--cache=unsafe", "--discard=unmap"),
-            *("--export-name", EXPORT, "--socket", str(socket), *more, f"json:{json.dumps(node)}"),
-        ],
-        stdin=subprocess.DEVNULL,
-        # Python ignores SIGXFSZ, and so shall it: a full layer is an I/O error and no sudden death.
-        restore_signals=False,
+    server = servers.start(
+        *("qemu-nbd", "--persistent", "--shared=8", "--cache=unsafe", "--discard=unmap"),
+        *("--export-name", EXPORT, "--socket", str(socket), *more, f"json:{json.dumps(node)}"),
     )
     wait_for(server, lambda: _answers(layer_uri(socket)), f"the disk at {uri.split('?')[0]}")
     changes.unlink()

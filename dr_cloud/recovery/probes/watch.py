@@ -65,7 +65,11 @@ def _start(tell: int) -> subprocess.Popen[bytes]:
         stderr=subprocess.STDOUT,
         bufsize=0,
         # What this process knows of secrets stays here; where its modules are is none.
-        env={"PATH": PATH, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={
+            "PATH": PATH,
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(place) for place in sys.path if place),
+        },
         cwd="/",
         pass_fds=[tell],
         start_new_session=True,
