@@ -25,5 +25,5 @@ class StoreUnavailableError(DrCloudError):
         super().__init__(message, remedy)
         self.temporary = temporary
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, bool]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type, tuple[str, str, bool]]:
         return type(self), (str(self.args[0]), self.remedy, self.temporary)
