@@ -203,8 +203,8 @@ def test_machines_that_do_not_boot(world: World, machine: str) -> None:
     panic = world.probe(machine.replace("panic=-1 quiet", "quiet rdinit=/gone root=/dev/none") + "", "guest")
     assert panic.reason == "the console says 'Kernel panic'"
     start = time.monotonic()
-    silent = world.probe("boot:match=never,timeout=7", "guest")
+    silent = world.probe("boot:match=never,timeout=6", "guest")
     assert silent.reason == "the console did not match 'never' in time"
     assert [path.name for path in silent.artefacts] == ["console.txt", "screen.png"]
-    assert 3 < time.monotonic() - start < 12
+    assert 2 < time.monotonic() - start < 11
     assert "are more than the probe may use" in world.probe("boot:memory_mib=4096", "guest").reason
