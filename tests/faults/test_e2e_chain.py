@@ -200,9 +200,7 @@ def test_the_target_killed_between_keyframes(world: World) -> None:
         world.bring_back("target", "killed")
     world.check_everything()
     catalogue = chain.catalogue()
-    directions = set()
-    for number in random.sample(range(len(guest.writes)), 12):
-        plan = catalogue.plan(guest.writes[number].acked_ns)
-        directions.add(plan.direction)
-        guest.check(world.stacks.image(plan), plan.at_ns)
-    assert directions == {"undo", "redo"}
+    plans = [catalogue.plan(write.acked_ns) for write in guest.writes]
+    for direction in ("undo", "redo"):
+        for plan in random.sample([plan for plan in plans if plan.direction == direction], 6):
+            guest.check(world.stacks.image(plan), plan.at_ns)
