@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench.chain import folder
+from bench.decisions import CLIENTS, Caller, Decisions, measure_decisions
 from bench.figures import console, machine
 from dr_cloud.client.client import Client
 from dr_cloud.demo.cloud import HOST, LocalCloud, done
@@ -258,22 +259,31 @@ class World:
     def _recoverable(self) -> int:
         return sum(bool(target.newest_ns) for vpg in self._own("-").vpgs() for target in vpg.targets)
 
+    def names(self) -> list[tuple[str, str]]:
+        """Return (enterprise, VPG) of every VPG."""
+        return [(_name(one), f"vpg-{vpg}") for one in range(self.enterprises) for vpg in range(1, self.vpgs + 1)]
+
+    def caller(self) -> Caller:
+        """Return how others reach the API, with the administrator's rights."""
+        state = self._cloud.state
+        url = f"https://127.0.0.1:{int((state / 'api-port').read_text())}"
+        return Caller(url, (state / "admin-token").read_text().strip(), (state / "ca" / "ca-cert.pem").read_text())
+
     def checkpoints(self) -> list[list[Made]]:
         """Return, of each VPG, the checkpoints to recover to, ascending."""
         folder = self._cloud.state / "stores" / "ds-1"
         store, keyring = open_store(folder.as_uri()), Keyring.open(self._cloud.state / "keyring.json")
         found = []
-        for number in range(self.enterprises):
-            for vpg in range(1, self.vpgs + 1):
-                scope = Scope(_name(number), f"vpg-{vpg}", "cloud")
-                catalogue = Catalogue.load(store, keyring.vpg_keys(scope), scope)
-                found.append(
-                    [
-                        Made(one.time_ns, (folder / checkpoint_key(scope, one.number)).stat().st_ctime_ns)
-                        for one in catalogue.checkpoints
-                        if one.kind != "sync"
-                    ]
-                )
+        for enterprise, vpg in self.names():
+            scope = Scope(enterprise, vpg, "cloud")
+            catalogue = Catalogue.load(store, keyring.vpg_keys(scope), scope)
+            found.append(
+                [
+                    Made(one.time_ns, (folder / checkpoint_key(scope, one.number)).stat().st_ctime_ns)
+                    for one in catalogue.checkpoints
+                    if one.kind != "sync"
+                ]
+            )
         return found
 
 
@@ -374,7 +384,16 @@ process per VPG, and the guests, who write {writes:g} blocks of 4 KiB a second t
 """
 
 
-def page(steps: Sequence[Step], load: float) -> str:
+_DECISIONS: Final = """
+## Decisions
+
+At {enterprises} enterprises, all of them replicating, {clients} clients read checkpoints through the API over TLS, as
+fast as they can. Each call is decided by the rights manager (embedded engine) and on record before it is answered:
+{per_second:.0f} decisions a second; a whole call takes {p50_ms:.1f} ms (median), {p99_ms:.0f} ms (p99).
+"""
+
+
+def page(steps: Sequence[Step], load: float, decisions: Decisions | None = None) -> str:
     """Return the page."""
     text = _HEAD.format(
         writes=_WRITES_PER_SECOND,
@@ -407,6 +426,8 @@ def page(steps: Sequence[Step], load: float) -> str:
     text += "".join(f"| {name} | " + " | ".join(cells) + " |\n" for name, cells in rows)
     if len(steps) > 1:
         text += "\n" + _growth(steps[0], steps[-1])
+    if decisions is not None:
+        text += _DECISIONS.format(enterprises=steps[0].enterprises, clients=CLIENTS, **decisions._asdict())
     return text
 
 
@@ -442,6 +463,7 @@ def main(arguments: list[str]) -> int:
     counts = sorted({int(count) for count in options.steps.split(",")})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     steps: list[Step] = []
+    decisions: Decisions | None = None
     load = os.getloadavg()[0]
     with folder(in_memory=True) as directory:
         world = World(directory, options.vpgs)
@@ -454,13 +476,15 @@ def main(arguments: list[str]) -> int:
                     break
                 world.add(count)
                 steps.append(measure(world, options.seconds))
-                console.print(page(steps[-1:], load))
+                if len(steps) == 1:
+                    decisions = measure_decisions(world.caller(), world.names(), options.seconds / 2)
+                console.print(page(steps[-1:], load, decisions))
         except (DrCloudError, OSError, subprocess.SubprocessError) as error:
             print(f"bench: {error}. {getattr(error, 'remedy', '')}".rstrip(), file=sys.stderr)
             return 1
         finally:
             world.close()
-    PAGE.write_text(page(steps, load))
+    PAGE.write_text(page(steps, load, decisions))
     late = sum(age > _AGE_INTERVALS_MAX for step in steps for age in step.oldest)
     print(f"wrote {PAGE.name}; {late} VPGs were ever more than {_AGE_INTERVALS_MAX:g} intervals behind")
     return 1 if late else 0
