@@ -12,7 +12,7 @@ Layout
     `recovery`, `rights`, `reports` the operations · `watch` reports that come in, `dispatch` and `publish` orders that
     go out · `protect`, `placement`, `orders`, `questions`, `health` pure decisions · `desk` where the rights manager is
     asked, `record` what it answered, `policies` what it decides by · `tasks`, `registry`, `monitor`, `standing` what
-    runs by itself · `fabric` the world outside.
+    runs by itself, in `rounds` · `fabric` the world outside.
 
 Consistency
     A change and its audit row are one transaction. Orders are computed from rows when they are asked for, so nobody is

@@ -7,7 +7,6 @@ next one comes: nothing is remembered between rounds but what is in the database
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from dr_cloud.manager.health import (
 from dr_cloud.manager.operations import Context
 from dr_cloud.manager.orders import AT_REST
 from dr_cloud.manager.recovery import counters, end_tests
+from dr_cloud.manager.rounds import Rounds
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.units import SECOND_NS
@@ -57,27 +57,10 @@ class Monitor:
         self._context = context
         self._database = context.database
         self._answers_for = answers_for
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+        acts = (self.note_silence, self.judge, self.look_at_tests, self._seldom)
+        self._rounds = Rounds("monitor", ROUND_SECONDS, acts)
+        self.start, self.close = self._rounds.start, self._rounds.close
         self._due = {"forecast": 0.0, "tidy": 0.0}
-
-    def start(self) -> None:
-        """Begin with the rounds."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """End them."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(ROUND_SECONDS):
-            for act in (self.note_silence, self.judge, self.look_at_tests, self._seldom):
-                try:
-                    act()
-                except Exception:
-                    log.exception("monitor.round", act=getattr(act, "__name__", ""))
 
     def _seldom(self) -> None:
         for name, seconds, act in (("forecast", FORECAST_SECONDS, self.forecast), ("tidy", TIDY_SECONDS, self.tidy)):

@@ -41,6 +41,7 @@ from dr_cloud.manager.protect import source_party, target_party
 from dr_cloud.manager.publish import Party
 from dr_cloud.manager.questions import HELD, about_target, connects
 from dr_cloud.manager.record import Entry, append
+from dr_cloud.manager.rounds import Rounds
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.rights import JUDGE_SECONDS, Action, Question, RightsState
@@ -120,25 +121,8 @@ class StandingRights:
         """By enterprise: the number of the last decision whose head is on its way into the store."""
         self._heads_at_ns = 0
         self._round = threading.Lock()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="standing", daemon=True)
-
-    def start(self) -> None:
-        """Begin with the rounds."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """End them."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(LOOK_SECONDS):
-            try:
-                self.look()
-            except Exception:
-                log.exception("standing.round")
+        self._rounds = Rounds("standing", LOOK_SECONDS, (self.look,))
+        self.start, self.close = self._rounds.start, self._rounds.close
 
     def look(self) -> None:
         """Take one round."""
