@@ -1,9 +1,9 @@
 """Standing rights: what was allowed is judged again, and what is no longer allowed stops within seconds.
 
 Purpose
-    A round a second looks at how the rights manager stands. When its revision has changed, when a mechanism has begun
-    or ended, and at least every minute, everything that stands is judged: each target of a VPG, each paired site, each
-    open test. A no by policy is carried out at once, a yes after it as well:
+    A round a second looks at how the rights manager stands. When its revision is not the one by which everything was
+    judged last, when a mechanism has begun or ended, and at least every minute, everything that stands is judged: each
+    target of a VPG, each paired site, each open test. A no by policy is carried out at once, a yes after it as well:
 
     target   paused for its source, with the reason, so that taps go on by bitmap; its orders are withdrawn, so that
              the VDSA lets go. Allowed again, both come back, and what was written meanwhile is sent as a delta.
@@ -135,10 +135,9 @@ class StandingRights:
         if state is not None and self._answers_for(PROVIDER):
             self._context.policies.reconcile(state)
         if self._is_due(state, now_ns):
-            self._judged_revision = state.revision if state is not None else ""
             self._boundary_s = state.boundary_s if state is not None else None
-            answered = self.judge()
-            self._judge_at_ns = now_ns + (JUDGE_NS if answered else AGAIN_NS)
+            whole = self.judge(state.revision if state is not None else "")
+            self._judge_at_ns = now_ns + (JUDGE_NS if whole else AGAIN_NS)
             self._unheard = True
         if self._unheard:
             self._tell_stacks()
@@ -159,16 +158,23 @@ class StandingRights:
 
     # Judging.
 
-    def judge(self) -> bool:
-        """Judge everything that stands, and carry it out; return whether all was answered."""
+    def judge(self, revision: str) -> bool:
+        """Judge everything that stands, and carry it out; return whether all was answered and carried out.
+
+        Args:
+            revision: That is said to be in force. It counts as judged only if every answer names it: the rights manager
+                may have come to another one since it said so.
+        """
+        self._judged_revision = ""
         with self._database.read(EVERYONE) as session:
             standing = everything(session, self._answers_for)
         answers = iter(self._desk.ask_standing([question for one in standing for question in one.questions]))
         changes: dict[str, list[tuple[Standing, list[Entry]]]] = {}
-        answered = True
+        whole, judged = True, {revision}
         for one in standing:
             entries = [Entry("standing", one.subject, question, next(answers)) for question in one.questions]
-            answered = answered and all(entry.answer.answered for entry in entries)
+            whole = whole and all(entry.answer.answered for entry in entries)
+            judged |= {entry.answer.revision for entry in entries if entry.answer.answered}
             if (decisive := self._decisive(one, entries)) is not None:
                 changes.setdefault(one.enterprise, []).append((one, decisive))
         for enterprise, some in changes.items():
@@ -176,7 +182,10 @@ class StandingRights:
                 self._carry_out(enterprise, some)
             except DrCloudError as error:
                 log.warning("standing.carry_out", enterprise=enterprise, error=str(error))
-        return answered
+                whole = False
+        if judged == {revision}:
+            self._judged_revision = revision
+        return whole
 
     def _decisive(self, one: Standing, entries: Sequence[Entry]) -> list[Entry] | None:
         """Return the decisions that change how it stands; None if it stays as it is."""

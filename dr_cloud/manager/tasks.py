@@ -249,7 +249,8 @@ class Tasks:
 
     def _put_off(self, row: tables.Task, later: Later) -> None:
         with self._database.write(row.enterprise or EVERYONE) as session:
-            stored = session.get(tables.Task, (row.enterprise, row.id))
+            # Locked: an abort that comes just now is seen, or comes after this and sets the time itself.
+            stored = session.get(tables.Task, (row.enterprise, row.id), with_for_update=True)
             if stored is not None:
                 stored.state = dict(row.state)
                 if not stored.abort:  # who aborts does not wait

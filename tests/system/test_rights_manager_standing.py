@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from cloud_databases import new_world, postgres  # noqa: F401
@@ -78,6 +79,37 @@ def test_a_policy_change_stops_the_right_targets_in_five_seconds(world: RightsWo
     until(lambda: alerts(world, "acme") == {}, 20)
     assert [d.allow for d in world.decisions() if d.point == "standing"][-2:] == [True, True]
     assert world.cloud.verify_decisions(SYSTEM, "acme").whole
+
+
+def test_a_revision_counts_as_judged_only_if_the_answers_name_it(world: RightsWorld, monkeypatch: pytest.MonkeyPatch):
+    """R13: the rights manager says that it has come to new policies, answers by the old ones, and then by the new."""
+    world.two_targets(world.principal("acme"))
+    world.cloud.standing.close()
+    before = world.cloud._context.policies.in_force()
+    world.law(LAW)
+    state = world.rights.state()
+    with monkeypatch.context() as patch:
+        patch.setattr(world.rights, "state", lambda: state)
+        world.rights.put_sources(before)
+        world.look()
+        assert world.denied(UK) == ""
+        world.rights.put_sources(world.cloud._context.policies.in_force())
+        world.look()
+    assert world.denied(UK) == "uk-south lies in UK: nothing opens USA to UK"
+
+
+def test_what_could_not_be_carried_out_is_tried_again(world: RightsWorld, monkeypatch: pytest.MonkeyPatch):
+    """R13: the database fails just when a target is to be stopped."""
+    world.two_targets(world.principal("acme"))
+    world.cloud.standing.close()
+    world.law(LAW)
+    with monkeypatch.context() as patch:
+        patch.setattr("dr_cloud.manager.standing.append", Mock(side_effect=OSError("the disk is full")))
+        with pytest.raises(OSError, match="full"):
+            world.look()
+    assert world.denied(UK) == ""
+    world.look()
+    assert world.denied(UK) == "uk-south lies in UK: nothing opens USA to UK"
 
 
 def test_a_mechanism_that_ends_closes_what_it_opened(world: RightsWorld):

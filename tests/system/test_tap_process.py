@@ -77,9 +77,10 @@ class Rig:
         return self.start(sys.executable, program, f"{self.folder}/vdsa.sock", str(self.folder), hold)
 
     def start_fio(self, seconds: float, *more: str) -> subprocess.Popen[str]:
+        """Start a guest; one process, so that it writes no more once it is killed."""
         return self.start(
             "fio", "--name=guest", "--ioengine=nbd", f"--uri={self.address}", "--rw=randwrite", "--bs=4k",
-            "--iodepth=8", "--time_based", f"--runtime={seconds}", "--output-format=json", *more,
+            "--iodepth=8", "--time_based", f"--runtime={seconds}", "--output-format=json", "--thread", *more,
         )  # fmt: skip
 
     def finish_fio(self, fio: subprocess.Popen[str]) -> dict[str, Any]:
