@@ -18,10 +18,11 @@ from fastapi.testclient import TestClient
 
 from dr_cloud.api.app import make_app
 from dr_cloud.manager.cloud import SYSTEM, Cloud
-from dr_cloud.model.cloud import CheckpointOrder, LogRequest, SiteUpdate, TestsRequest, TokenRequest
+from dr_cloud.model.cloud import CheckpointOrder, LogRequest, SiteUpdate, TokenRequest
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import PairingToken
 from dr_cloud.model.principal import Principal, Role
+from dr_cloud.model.recovery import TestsRequest
 from dr_cloud.seal.identity import new_key_and_csr
 
 MARKER = "zeta"
@@ -53,7 +54,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "insert_checkpoint": {"tag": "x"},
     "failover": {"target": "{target}"},
     "start_tests": {"target": "{target}", "times_ns": [1]},
-    "stop_test": {"verdict": "passed"},
+    "stop_test": {"verdict": "pass"},
     "collect_logs": {"site": "{site}"},
     "apply_policies": {},
     "what_if": {},

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dr_cloud.model.probe import ProbeResult
 from dr_cloud.recovery.probes.runner import run_probes
-from dr_cloud.recovery.probes.spec import ProbeResult, parse_spec
+from dr_cloud.recovery.probes.spec import parse_spec
 
 MIB = 1 << 20
 

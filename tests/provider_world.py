@@ -22,9 +22,10 @@ from e2e_world import MIB, Guest, Processes, make_disk, read_disk, wait_until
 from dr_cloud.actors.settings import load_provider
 from dr_cloud.actors.up import RunningProvider
 from dr_cloud.client.client import Client
-from dr_cloud.model.cloud import StopTest, TestsRequest, TokenRequest
+from dr_cloud.model.cloud import TokenRequest
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.principal import Role
+from dr_cloud.model.recovery import StopTest, TestsRequest
 from dr_cloud.model.task import CompletionCode, Task
 from dr_cloud.model.vpg import VpgSettings
 from dr_cloud.rights.regulation import POLICIES, REGULATION
@@ -279,7 +280,7 @@ class CloudWorld(Processes):
             (uris,) = test.uris.values()
             found[test.at_ns] = read_disk(uris[0])
         for test in tests:
-            self.done(server.enterprise, client.stop_test(test.id, StopTest(verdict="passed")))
+            self.done(server.enterprise, client.stop_test(test.id, StopTest(verdict="pass")))
         return found
 
     def check(self, server: Server, times: int = 3) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from dr_cloud.api.deps import IdPart, Linked, Manager, NamePart, OnlyOnce, Tenant, Who, part
 from dr_cloud.model import cloud as c
+from dr_cloud.model import recovery as r
 from dr_cloud.model.provider import Name
 from dr_cloud.model.task import Task
 
@@ -32,7 +33,7 @@ class Discarded(BaseModel):
 
 @router.post(_VPG + "/failover", status_code=202, tags=["failover"])
 def failover(
-    cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart, body: c.FailoverRequest
+    cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart, body: r.FailoverRequest
 ) -> Task:
     """Fail over to a checkpoint, a time or the latest; with or without reverse replication."""
     return once.task(lambda: cloud.failover(who, enterprise, vpg, body))
@@ -46,7 +47,7 @@ def rollback_failover(cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tena
 
 @router.post(_VPG + "/tests", status_code=202, tags=["recovery tests"])
 def start_tests(
-    cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart, body: c.TestsRequest
+    cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart, body: r.TestsRequest
 ) -> Task:
     """Start recovery tests, one at each of the times, all at once."""
     return once.task(lambda: cloud.start_tests(who, enterprise, vpg, body))
@@ -63,18 +64,18 @@ def discard_tests(
 @router.get(_TESTS, tags=["recovery tests"])
 def tests(
     cloud: Manager, who: Who, enterprise: Tenant, query: Annotated[TestQuery, Query()], links: Linked
-) -> c.Page[c.RecoveryTest]:
+) -> c.Page[r.RecoveryTest]:
     """List recovery tests and what came of them."""
     return links.of(cloud.tests(who, enterprise, query.vpg, part(query, c.PageRequest)))
 
 
 @router.get(_TESTS + "/{test}", tags=["recovery tests"])
-def test(cloud: Manager, who: Who, enterprise: Tenant, test: IdPart) -> c.RecoveryTest:
+def test(cloud: Manager, who: Who, enterprise: Tenant, test: IdPart) -> r.RecoveryTest:
     """Show one recovery test (FailoverTestInfo): its time, where its disks are served, its verdict."""
     return cloud.test(who, enterprise, test)
 
 
 @router.post(_TESTS + "/{test}/stop", status_code=202, tags=["recovery tests"])
-def stop_test(cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, test: IdPart, body: c.StopTest) -> Task:
+def stop_test(cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, test: IdPart, body: r.StopTest) -> Task:
     """Stop one test, leave the others as they are, and mark it passed or failed."""
     return once.task(lambda: cloud.stop_test(who, enterprise, test, body))

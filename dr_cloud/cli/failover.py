@@ -8,8 +8,8 @@ import typer
 
 from dr_cloud.cli.lazy import group
 from dr_cloud.cli.rest import Call, NoWait, command, time_or_none
-from dr_cloud.model.cloud import FailoverRequest
 from dr_cloud.model.errors import InvalidError
+from dr_cloud.model.recovery import FailoverRequest
 
 app = group("Failover of protection groups.")
 Vpg = Annotated[str, typer.Argument(help="The protection group.")]

@@ -12,9 +12,10 @@ import typer
 from dr_cloud.cli.lazy import group
 from dr_cloud.cli.output import Json, Output
 from dr_cloud.model.errors import InvalidError
+from dr_cloud.model.probe import ProbeLimits
 from dr_cloud.recovery.probes.probe import kinds, load_kind
 from dr_cloud.recovery.probes.runner import run_probes
-from dr_cloud.recovery.probes.spec import ProbeLimits, parse_spec, read_specs
+from dr_cloud.recovery.probes.spec import parse_spec, read_specs
 
 app = group("Probes of recovery tests: is what is on these disks good?")
 

@@ -8,8 +8,8 @@ import typer
 
 from dr_cloud.cli.lazy import group
 from dr_cloud.cli.rest import Call, NoWait, command
-from dr_cloud.model.cloud import StopTest, TestsRequest, Verdict
 from dr_cloud.model.errors import InvalidError
+from dr_cloud.model.recovery import StopTest, TestsRequest, Verdict
 from dr_cloud.model.units import parse_size, parse_time
 
 app = group("Recovery tests at past times, in parallel.")

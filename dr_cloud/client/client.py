@@ -19,6 +19,7 @@ from dr_cloud.client.events import EventSource
 from dr_cloud.client.session import Parameters, Session, next_path
 from dr_cloud.model import cloud as c
 from dr_cloud.model import decision as d
+from dr_cloud.model import recovery as r
 from dr_cloud.model import watch as w
 from dr_cloud.model.errors import LimitError
 from dr_cloud.model.journal import Write
@@ -297,7 +298,7 @@ class Client:
 
     # recovery
 
-    def failover(self, vpg: str, request: c.FailoverRequest) -> Task:
+    def failover(self, vpg: str, request: r.FailoverRequest) -> Task:
         """Fail over."""
         return self._send(Task, "POST", self._own("vpgs", vpg, "failover"), request)
 
@@ -305,19 +306,19 @@ class Client:
         """Roll a failover back."""
         return self._send(Task, "DELETE", self._own("vpgs", vpg, "failover"))
 
-    def start_tests(self, vpg: str, request: c.TestsRequest) -> Task:
+    def start_tests(self, vpg: str, request: r.TestsRequest) -> Task:
         """Start recovery tests, one at each of the times."""
         return self._send(Task, "POST", self._own("vpgs", vpg, "tests"), request)
 
-    def tests(self, vpg: str | None = None) -> Iterator[c.RecoveryTest]:
+    def tests(self, vpg: str | None = None) -> Iterator[r.RecoveryTest]:
         """List recovery tests."""
-        return self._pages(c.RecoveryTest, self._own("tests"), {"vpg": vpg})
+        return self._pages(r.RecoveryTest, self._own("tests"), {"vpg": vpg})
 
-    def test(self, test: str) -> c.RecoveryTest:
+    def test(self, test: str) -> r.RecoveryTest:
         """Show one recovery test."""
-        return self._get(c.RecoveryTest, self._own("tests", test))
+        return self._get(r.RecoveryTest, self._own("tests", test))
 
-    def stop_test(self, test: str, how: c.StopTest) -> Task:
+    def stop_test(self, test: str, how: r.StopTest) -> Task:
         """Stop one test."""
         return self._send(Task, "POST", self._own("tests", test, "stop"), how)
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from dr_cloud.demo.cloud import done
 from dr_cloud.demo.enterprise import VPG, Enterprise
 from dr_cloud.demo.probe import Finding, probe
-from dr_cloud.model.cloud import RecoveryTest, StopTest, TestsRequest, Verdict
 from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.recovery import RecoveryTest, StopTest, TestsRequest, Verdict
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.recovery.search import CleanSearch
 
@@ -60,7 +60,7 @@ class Recovery:
         base = self.enterprise.base if compare_blocks else None
         probing = [self._probes.submit(probe, _uri(test), _time(test), folder, size.rows, base) for test in running]
         findings = [job.result() for job in probing]
-        verdicts: list[Verdict] = ["passed" if finding.passed else "failed" for finding in findings]
+        verdicts: list[Verdict] = ["pass" if finding.passed else "fail" for finding in findings]
         ended = self._stop(running, verdicts)
         return [
             Tested(test.id, _time(test), finding, seconds, int(test.statistics.get("stored_bytes") or 0))

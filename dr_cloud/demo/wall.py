@@ -7,8 +7,8 @@ from typing import Final, NamedTuple
 
 from dr_cloud.client.client import Client
 from dr_cloud.demo.enterprise import VPG, Enterprise
-from dr_cloud.model.cloud import StopTest, TestsRequest
 from dr_cloud.model.errors import DrCloudError, NotFoundError
+from dr_cloud.model.recovery import StopTest, TestsRequest
 
 _NOBODY: Final = "nobody"
 _NO_ID: Final = "0" * 32

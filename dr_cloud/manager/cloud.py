@@ -9,10 +9,10 @@ Purpose
 Layout
     `tables` and `db` the schema · `tenancy` the one place that every query passes · `access` who may do what ·
     `operations` what all share (audit, idempotency, paging) · `enterprises`, `pairing`, `sites`, `vpgs`, `checkpoints`,
-    `recovery`, `rights`, `reports` the operations · `watch` reports that come in, `dispatch` and `publish` orders that
-    go out · `protect`, `placement`, `orders`, `questions`, `health` pure decisions · `desk` where the rights manager is
-    asked, `record` what it answered, `policies` what it decides by · `tasks`, `registry`, `monitor`, `standing` what
-    runs by itself, in `rounds` · `fabric` the world outside.
+    `recovery_tests`, `failover`, `rights`, `reports` the operations · `watch` reports that come in, `dispatch` and
+    `publish` orders that go out · `protect`, `placement`, `orders`, `questions`, `health` pure decisions · `desk` where
+    the rights manager is asked, `record` what it answered, `policies` what it decides by · `tasks`, `registry`,
+    `monitor`, `standing` what runs by itself, in `rounds` · `fabric` the world outside.
 
 Consistency
     A change and its audit row are one transaction. Orders are computed from rows when they are asked for, so nobody is
@@ -41,12 +41,12 @@ from dr_cloud.manager.desk import Desk
 from dr_cloud.manager.enterprises import Enterprises
 from dr_cloud.manager.events import Events
 from dr_cloud.manager.fabric import Fabric
+from dr_cloud.manager.failover import Failover
 from dr_cloud.manager.monitor import Monitor
 from dr_cloud.manager.operations import Clock, Context
 from dr_cloud.manager.policies import Policies
 from dr_cloud.manager.publish import Publisher
 from dr_cloud.manager.record import Recorder
-from dr_cloud.manager.recovery import Recovery
 from dr_cloud.manager.registry import Registry
 from dr_cloud.manager.reports import Reports
 from dr_cloud.manager.sites import Sites
@@ -65,7 +65,7 @@ SYSTEM: Final = Principal(id="system", name="the provider itself", role=Role.PRO
 FOLLOW_SECONDS: Final = 60.0
 
 
-class Cloud(Enterprises, Sites, Recovery, Reports):
+class Cloud(Enterprises, Sites, Failover, Reports):
     """All operations."""
 
     def __init__(
@@ -129,7 +129,8 @@ class Cloud(Enterprises, Sites, Recovery, Reports):
         self._prepare_watch()
         self._register_site_tasks()
         self._register_vpg_tasks()
-        self._register_recovery_tasks()
+        self._register_test_tasks()
+        self._register_failover_tasks()
         self._register_log_tasks()
         self.monitor = Monitor(context, answers_for)
         self.standing = StandingRights(context, answers_for)

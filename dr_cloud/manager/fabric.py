@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from dr_cloud.model.cloud import LogRequest, Route
 from dr_cloud.model.errors import DrCloudError
-from dr_cloud.model.journal import Checkpoint, Write
+from dr_cloud.model.journal import Checkpoint, PlacedWrite, Write, WriteRange
+from dr_cloud.model.probe import ProbeResult, ProbeSpec
+from dr_cloud.model.recovery import TestCredential
 from dr_cloud.stack.stack import StackStatistics
 
 
@@ -29,6 +31,18 @@ class ServedStack(BaseModel):
     uris: dict[str, list[str]]
     """The NBD URIs of each disk, by the disk's name."""
     open_seconds: float
+
+
+class ProbeProgress(BaseModel):
+    """How the probes of a stack go."""
+
+    model_config = ConfigDict(frozen=True)
+
+    started: bool
+    done: bool
+    """All that were started have ended."""
+    results: list[ProbeResult]
+    """So far, in their order."""
 
 
 class Fabric(Protocol):
@@ -70,6 +84,14 @@ class Fabric(Protocol):
         """Return the first `limit` writes of a scope with `since_ns` ≤ time ≤ `until_ns`, ascending."""
         ...
 
+    def write_range(self, route: Route, since_ns: int, until_ns: int) -> WriteRange:
+        """Return the positions of a scope's writes with `since_ns` ≤ time ≤ `until_ns` in the order of its journal."""
+        ...
+
+    def writes_at(self, route: Route, positions: Sequence[int]) -> Sequence[PlacedWrite]:
+        """Return for each position the write that holds it. Reads the objects of their checkpoints only."""
+        ...
+
     def insert_checkpoint(self, route: Route, tag: str, description: str) -> str:
         """Ask the source of a scope for a checkpoint by hand; return the request's id at once, before it is made.
 
@@ -78,7 +100,7 @@ class Fabric(Protocol):
         ...
 
     def open_stacks(
-        self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None
+        self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None, remote: bool = False
     ) -> Mapping[str, ServedStack | DrCloudError]:
         """Open a stack at each time, in parallel, in the data center of the scope.
 
@@ -86,7 +108,31 @@ class Fabric(Protocol):
             route: The scope and where its journal is.
             times_ns: By the id that the stack is to have: the time.
             quota_bytes: How much each may write; None is what the node allows.
+            remote: Whether to serve over TLS too, to whoever holds `credential`.
         """
+        ...
+
+    def credential(self, stack: str) -> TestCredential | None:
+        """Return what a client needs to attach the disks of a stack that is served remotely; None if it is gone."""
+        ...
+
+    def start_probes(self, route: Route, stack: str, probes: Sequence[ProbeSpec]) -> None:
+        """Begin to run probes on an open stack, where it is. Once per stack: asked again, nothing happens.
+
+        Artefacts go, sealed, into the datastore of the journal; `artefact` reads them.
+
+        Raises:
+            InvalidError: A probe is not known there, or names no disk.
+            NotFoundError: There is no such stack (any more).
+        """
+        ...
+
+    def probe_progress(self, stack: str) -> ProbeProgress | None:
+        """Return how the probes of a stack go; None if there is no such stack (any more)."""
+        ...
+
+    def artefact(self, route: Route, stack: str, path: str) -> bytes:
+        """Return a file that a probe of this stack left. Raises `NotFoundError`."""
         ...
 
     def stack_statistics(self, stack: str) -> StackStatistics | None:

@@ -32,7 +32,7 @@ from dr_cloud.manager.health import (
 )
 from dr_cloud.manager.operations import Context
 from dr_cloud.manager.orders import AT_REST
-from dr_cloud.manager.recovery import counters, end_tests
+from dr_cloud.manager.recovery_tests import counters, end_tests
 from dr_cloud.manager.rounds import Rounds
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER
 from dr_cloud.model.errors import DrCloudError

@@ -9,7 +9,7 @@ Layout::
     registry/<enterprise>/<number>.reg      registry/acme/0000000042.reg
     registry/provider/<number>.reg          the provider's own
 
-An envelope (`dr_cloud.journal.envelope`), magic "DRCR", version 1. Section 0 is JSON: `{"schema": "0002", "enterprise":
+An envelope (`dr_cloud.journal.envelope`), magic "DRCR", version 1. Section 0 is JSON: `{"schema": "0003", "enterprise":
 …, "tables": {table: [row …]}}`. `<number>` counts the changes, with gaps: changes that come while one is being written
 go together into the next. It is sealed with the enterprise's key from the keyring; `provider` has a key of its own.
 `registry` and `provider` can therefore be no enterprise's names.
@@ -47,7 +47,7 @@ from dr_cloud.store.store import Store
 
 MAGIC: Final = b"DRCR"
 VERSION: Final = 1
-SCHEMA: Final = "0002"
+SCHEMA: Final = "0003"
 RESERVED_NAMES: Final = frozenset({"registry", "provider"})
 KEPT: Final = 8
 """Objects of one enterprise that are kept at least."""
@@ -67,6 +67,8 @@ TENANT_TABLES: Final[tuple[type[tables.Base], ...]] = (
     tables.VpgMember,
     tables.VpgDisk,
     tables.RecoveryTest,
+    tables.ProbeVerdict,
+    tables.Drill,
     tables.DecisionHead,
 )
 """In the order in which rows can be added."""

@@ -12,47 +12,15 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    ForeignKeyConstraint,
-    Index,
-    MetaData,
-    String,
-    Text,
-    and_,
-    false,
-)
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, relationship
+from sqlalchemy import ForeignKeyConstraint, Index, String, and_, false
+from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 
-Json = dict[str, Any]
-_JSON = JSON().with_variant(JSONB(), "postgresql")
-
-
-class Base(DeclarativeBase):
-    """All tables. Every integer has 64 bits."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {
-        int: BigInteger(),
-        str: Text(),
-        Json: _JSON,
-        list[Any]: _JSON,
-    }
-
-
-class Owned:
-    """A row that belongs to an enterprise; the empty string is the provider. Tenancy hangs on this column."""
-
-    enterprise: Mapped[str] = mapped_column(String(63), primary_key=True, sort_order=-1)
+from dr_cloud.manager.base import Base as Base
+from dr_cloud.manager.base import Json as Json
+from dr_cloud.manager.base import Owned as Owned
+from dr_cloud.manager.recovery_tables import Drill as Drill
+from dr_cloud.manager.recovery_tables import ProbeVerdict as ProbeVerdict
+from dr_cloud.manager.recovery_tables import RecoveryTest as RecoveryTest
 
 
 class Enterprise(Owned, Base):
@@ -315,38 +283,6 @@ class InsertedCheckpoint(Owned, Base):
     __table_args__ = (
         ForeignKeyConstraint(["enterprise", "vpg"], ["vpgs.enterprise", "vpgs.name"], ondelete="CASCADE"),
         Index(None, "enterprise", "vpg", "inserted_ns"),
-    )
-
-
-class RecoveryTest(Owned, Base):
-    """A recovery test, or a failover before its commit. Its id is its stack's name."""
-
-    __tablename__ = "recovery_tests"
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    vpg: Mapped[str] = mapped_column(String(63))
-    target: Mapped[str]
-    kind: Mapped[str]
-    task: Mapped[str]
-    status: Mapped[str] = mapped_column(String(16))
-    asked_ns: Mapped[int]
-    at_ns: Mapped[int | None]
-    note: Mapped[str]
-    quota_bytes: Mapped[int | None]
-    uris: Mapped[Json] = mapped_column(default=dict)
-    started_ns: Mapped[int]
-    running_ns: Mapped[int | None]
-    stopped_ns: Mapped[int | None]
-    verdict: Mapped[str | None]
-    verdict_note: Mapped[str] = mapped_column(default="")
-    statistics: Mapped[Json] = mapped_column(default=dict)
-    problem: Mapped[str] = mapped_column(default="")
-    denied: Mapped[str] = mapped_column(default="")
-    """Why policy has stopped it; empty if it has not."""
-    started_by: Mapped[str]
-
-    __table_args__ = (
-        ForeignKeyConstraint(["enterprise", "vpg"], ["vpgs.enterprise", "vpgs.name"], ondelete="CASCADE"),
-        Index(None, "enterprise", "vpg", "started_ns"),
     )
 
 

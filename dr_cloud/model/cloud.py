@@ -17,13 +17,11 @@ from dr_cloud.model.replication import Throttle
 from dr_cloud.model.vpg import VpgSettings, VpgState, VpgStatus
 
 PAGE_LIMIT_MAX = 1000
-TEST_TIMES_MAX = 256
 
 Text = Annotated[str, Field(max_length=4096)]
 ShortText = Annotated[str, Field(max_length=255)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 TimeNs = Annotated[int, Field(ge=0, lt=1 << 63)]
-TestTimes = Annotated[list[TimeNs], Field(min_length=1, max_length=TEST_TIMES_MAX)]
 
 
 class _View(BaseModel):
@@ -294,72 +292,6 @@ class InsertedCheckpoint(_View):
     def complete(self) -> bool:
         """Whether it is in the journal of every target."""
         return set(self.targets) <= set(self.arrived)
-
-
-class FailoverRequest(_Request):
-    """To which time, at which target. Neither a checkpoint nor a time means the latest."""
-
-    target: Name | None = None
-    """None: the only one there is."""
-    checkpoint: int | None = Field(default=None, ge=0)
-    at_ns: TimeNs | None = None
-    reverse: bool = True
-    """Whether replication back is wanted after the commit."""
-
-
-class TestsRequest(_Request):
-    """Recovery tests of one VPG, one at each of these times, all at once."""
-
-    __test__ = False
-    target: Name | None = None
-    """None: the only one there is."""
-    times_ns: TestTimes
-    quota_bytes: int | None = Field(default=None, gt=0)
-    """How much each test may write."""
-    note: Text = ""
-
-
-TestStatus = Literal["opening", "running", "closing", "stopped", "failed"]
-Verdict = Literal["passed", "failed"]
-
-
-class RecoveryTest(_View):
-    """One recovery test (FailoverTestInfo), or one failover before its commit: the disks at one time, served."""
-
-    id: str
-    enterprise: str
-    vpg: str
-    target: str
-    kind: Literal["test", "failover"]
-    task: str
-    """The task that started it."""
-    status: TestStatus
-    asked_ns: int
-    at_ns: int | None = None
-    """The time that is served."""
-    note: str = ""
-    """What its starter said; and why `at_ns` is not `asked_ns`, where it is not."""
-    uris: dict[str, list[str]] = {}
-    """The NBD URIs of each disk, by the disk's name, while it runs: shown to whom policy lets read."""
-    denied: str = ""
-    """Why policy has stopped it, or does not let the caller read; empty otherwise."""
-    started_ns: int
-    running_ns: int | None = None
-    stopped_ns: int | None = None
-    seconds: float | None = None
-    """From its start to its end."""
-    verdict: Verdict | None = None
-    verdict_note: str = ""
-    statistics: dict[str, float | int | None] = {}
-    problem: str = ""
-    started_by: str = ""
-
-
-class StopTest(_Request):
-    """How a test ends."""
-
-    verdict: Verdict | None = None
-    note: Text = ""
 
 
 class Token(_View):

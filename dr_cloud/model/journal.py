@@ -103,6 +103,24 @@ class Write(_Record):
     """Whether this time has an image of its own; else a test of it is moved down to the checkpoint before."""
 
 
+class WriteRange(_Record):
+    """Where writes lie in the order of a journal: each changed block of a write is one position."""
+
+    first: int
+    count: int
+    """0 if there is none."""
+
+
+class PlacedWrite(_Record):
+    """A write, and which positions it takes."""
+
+    time_ns: int
+    first: int
+    last: int
+    exact: bool
+    """Whether this time has an image of its own; else a test of it is moved down to the checkpoint before."""
+
+
 class ImagePlan(_Record):
     """Everything a stack needs to serve image(`at_ns`), without a LIST and without the journal's writer.
 

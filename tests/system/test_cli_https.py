@@ -121,7 +121,7 @@ def test_recovery_tests_by_command(provider: Provider) -> None:
     tests = started.json
     assert sorted(format_time(test["at_ns"]) for test in tests) == times
     assert all(test["uris"]["sda"] for test in tests)
-    stopped = run_cli("test", "stop", tests[0]["id"], "--verdict", "passed", "--note", "fsck", "--json").json
+    stopped = run_cli("test", "stop", tests[0]["id"], "--verdict", "pass", "--note", "fsck", "--json").json
     assert (stopped["status"], stopped["verdict"], stopped["verdict_note"]) == ("stopped", "passed", "fsck")
     assert run_cli("test", "show", tests[1]["id"], "--json").json["status"] == "running"
     table = run_cli("test", "list", "erp").stdout

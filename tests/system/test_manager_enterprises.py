@@ -15,13 +15,10 @@ from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.model.cloud import (
     CheckpointOrder,
     EnterpriseUpdate,
-    FailoverRequest,
     LogRequest,
     NewToken,
     PageRequest,
     SiteUpdate,
-    StopTest,
-    TestsRequest,
     TokenRequest,
     VdsaDeployment,
 )
@@ -31,6 +28,7 @@ from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import PairingToken, PairRequest
 from dr_cloud.model.principal import Role
 from dr_cloud.model.provider import EnterpriseConfig, SiteConfig
+from dr_cloud.model.recovery import FailoverRequest, StopTest, TestsRequest
 from dr_cloud.model.replication import HostReport, SiteReport, Throttle
 from dr_cloud.model.task import CompletionCode, Task
 from dr_cloud.model.vpg import ProtectedServer

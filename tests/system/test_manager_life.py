@@ -20,11 +20,12 @@ from dr_cloud.manager.db import WRITES, alembic_config, migrate, open_engine
 from dr_cloud.manager.registry import rebuild
 from dr_cloud.manager.tasks import Done, Later, TaskType
 from dr_cloud.manager.tenancy import EVERYONE, Database
-from dr_cloud.model.cloud import EnterpriseUpdate, LogRequest, StopTest, TestsRequest, TokenRequest
+from dr_cloud.model.cloud import EnterpriseUpdate, LogRequest, TokenRequest
 from dr_cloud.model.errors import ConflictError, DamagedError, DrCloudError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import PairingToken, PairRequest
 from dr_cloud.model.principal import Role
+from dr_cloud.model.recovery import StopTest, TestsRequest
 from dr_cloud.model.task import CompletionCode
 from dr_cloud.model.vpg import ProtectedServer
 from dr_cloud.seal.identity import new_key_and_csr
@@ -94,7 +95,7 @@ def test_a_manager_that_restarts_goes_on(world: World):
     world.restart()
     (test,) = tests.result["tests"]
     assert world.cloud.test(who, "acme", test).statistics["blocks_read"] == 7
-    world.done(world.cloud.stop_test(who, "acme", test, StopTest(verdict="passed")))
+    world.done(world.cloud.stop_test(who, "acme", test, StopTest(verdict="pass")))
 
 
 def test_a_task_that_must_not_be_repeated_says_so(world: World):
@@ -204,7 +205,7 @@ def test_a_lost_database_is_made_anew_from_the_store(world: World, tmp_path: Pat
     world.done(world.cloud.remove_vpg(world.principal("brit"), "brit", "gone"), "brit")
     world.journal(SCOPE)
     tests = world.done(world.cloud.start_tests(who, "acme", "erp", TestsRequest(times_ns=[world.clock()] * 2)))
-    stop = StopTest(verdict="failed", note="the database does not start")
+    stop = StopTest(verdict="fail", note="the database does not start")
     world.done(world.cloud.stop_test(who, "acme", tests.result["tests"][0], stop))
     world.cloud.close()
     before = _everything(world.open())

@@ -7,17 +7,10 @@ from cloud_databases import postgres, world  # noqa: F401
 from cloud_world import GIB, START_NS, World, settings
 
 from dr_cloud.manager.cloud import SYSTEM
-from dr_cloud.model.cloud import (
-    CheckpointFilter,
-    CheckpointOrder,
-    FailoverRequest,
-    PageRequest,
-    StopTest,
-    TestsRequest,
-    VpgFilter,
-)
+from dr_cloud.model.cloud import CheckpointFilter, CheckpointOrder, PageRequest, VpgFilter
 from dr_cloud.model.errors import ConflictError, DeniedError, DrCloudError, InvalidError, NotFoundError
 from dr_cloud.model.ids import Scope
+from dr_cloud.model.recovery import FailoverRequest, StopTest, TestsRequest
 from dr_cloud.model.replication import HostReport, SiteReport
 from dr_cloud.model.task import CompletionCode
 from dr_cloud.model.units import SECOND_NS
@@ -337,7 +330,7 @@ def test_recovery_tests_run_side_by_side_and_end_one_by_one(world: World):
     world.clock.pass_seconds(90)
     for number, test in enumerate(running):
         assert world.cloud.vpg_status(who, "acme", "erp") is VpgStatus.TEST
-        verdict = "passed" if number else "failed"
+        verdict = "pass" if number else "fail"
         world.done(world.cloud.stop_test(who, "acme", test.id, StopTest(verdict=verdict, note="seen")))
         ended = world.cloud.test(who, "acme", test.id)
         assert (ended.status, ended.verdict, ended.uris, ended.verdict_note) == ("stopped", verdict, {}, "seen")

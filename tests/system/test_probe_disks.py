@@ -293,8 +293,8 @@ def test_a_program_of_ones_own(world: World, good: str) -> None:
     result = world.probe(f"command:{script} deep", good)
     assert result.passed
     assert hashlib.sha256((world.images / good).read_bytes()[:2048]).hexdigest() in result.output
-    assert result.artefacts == [world.work / "command" / "disks.json"]
-    assert list(json.loads(result.artefacts[0].read_text())) == [good]
+    assert [made.path for made in result.artefacts] == ["command/disks.json"]
+    assert list(json.loads((world.work / result.artefacts[0].path).read_text())) == [good]
     assert world.probe(f"command:{script} deep 3", good).reason == f"{script} ends with 3"
     assert world.probe("command:/nowhere/prog", good).reason == "there is no program /nowhere/prog on this node"
     assert "killed by signal 11" in world.probe("command:/bin/sh -c 'kill -SEGV $$'", good).reason

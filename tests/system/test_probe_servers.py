@@ -182,9 +182,9 @@ def test_a_machine_boots(world: World, machine: str) -> None:
     assert result.passed, result.output
     assert result.reason == "the console says 'login:' (emulation)"
     assert "var/data: OK" in result.output
-    assert [path.name for path in result.artefacts] == ["console.txt", "screen.png"]
-    assert result.artefacts[0].read_bytes().rstrip().endswith(b"var/data: OK\r\nguest login:")
-    assert result.artefacts[1].read_bytes().startswith(b"\x89PNG")
+    assert [made.path for made in result.artefacts] == ["boot/console.txt", "boot/screen.png"]
+    assert (world.work / result.artefacts[0].path).read_bytes().rstrip().endswith(b"var/data: OK\r\nguest login:")
+    assert (world.work / result.artefacts[1].path).read_bytes().startswith(b"\x89PNG")
 
 
 def test_machines_that_do_not_boot(world: World, machine: str) -> None:
@@ -199,12 +199,12 @@ def test_machines_that_do_not_boot(world: World, machine: str) -> None:
     overwrite(image_of / "guest-root", 1024, os.urandom(1024))
     root = world.probe(f"{machine}", "guest-root")
     assert root.reason.startswith("the machine ended with 0")
-    assert "console.txt" in [path.name for path in root.artefacts]
+    assert "boot/console.txt" in [made.path for made in root.artefacts]
     panic = world.probe(machine.replace("panic=-1 quiet", "quiet rdinit=/gone root=/dev/none") + "", "guest")
     assert panic.reason == "the console says 'Kernel panic'"
     start = time.monotonic()
     silent = world.probe("boot:match=never,timeout=6", "guest")
     assert silent.reason == "the console did not match 'never' in time"
-    assert [path.name for path in silent.artefacts] == ["console.txt", "screen.png"]
+    assert [made.path for made in silent.artefacts] == ["boot/console.txt", "boot/screen.png"]
     assert 2 < time.monotonic() - start < 11
     assert "are more than the probe may use" in world.probe("boot:memory_mib=4096", "guest").reason

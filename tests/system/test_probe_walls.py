@@ -15,8 +15,9 @@ import probe_plugin
 import pytest
 from probe_world import MIB, World, command_of, ext4, loops, processes_of, run, sparse, wait_until, world
 
+from dr_cloud.model.probe import ProbeLimits, ProbeResult
 from dr_cloud.recovery.probes.runner import run_probes
-from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeResult, parse_spec
+from dr_cloud.recovery.probes.spec import parse_spec
 
 __all__ = ["world"]
 pytestmark = [pytest.mark.system, pytest.mark.fuse]
@@ -232,5 +233,5 @@ def test_many_at_once(world: World, disk: str) -> None:
     for thread in threads:
         thread.join()
     assert [result.reason for result in results if not result.passed] == []
-    assert len({result.artefacts[0] for result in results if result.artefacts}) == 6
+    assert len({result.artefacts[0].path for result in results if result.artefacts}) == 6
     assert time.monotonic() - start < 30

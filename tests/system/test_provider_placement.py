@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 
 from dr_cloud.actors.cluster import Where, ask
 from dr_cloud.actors.up import RunningProvider
-from dr_cloud.model.cloud import TestsRequest
 from dr_cloud.model.errors import UnavailableError
+from dr_cloud.model.recovery import TestsRequest
 
 pytestmark = pytest.mark.system
 

@@ -39,10 +39,11 @@ from dr_cloud.link.websocket import dial
 from dr_cloud.manager import tables
 from dr_cloud.manager.db import open_engine
 from dr_cloud.model.blocks import BLOCK_SIZE
-from dr_cloud.model.cloud import TestsRequest, VpgTarget
+from dr_cloud.model.cloud import VpgTarget
 from dr_cloud.model.decision import PolicyChange
 from dr_cloud.model.errors import DeniedError, DrCloudError, ForbiddenError
 from dr_cloud.model.ids import Scope
+from dr_cloud.model.recovery import TestsRequest
 from dr_cloud.model.replication import TargetOrders
 from dr_cloud.model.rights import CACHE_SECONDS, Mechanism, Regulation
 from dr_cloud.nbd.client import NbdClient

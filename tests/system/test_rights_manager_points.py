@@ -16,19 +16,11 @@ from dr_cloud.manager import tables
 from dr_cloud.manager.access import ASKED, OF_OWN_PEOPLE
 from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.manager.tenancy import EVERYONE
-from dr_cloud.model.cloud import (
-    CheckpointOrder,
-    FailoverRequest,
-    LogRequest,
-    SiteUpdate,
-    StopTest,
-    TestsRequest,
-    TokenRequest,
-    VdsaDeployment,
-)
+from dr_cloud.model.cloud import CheckpointOrder, LogRequest, SiteUpdate, TokenRequest, VdsaDeployment
 from dr_cloud.model.decision import Decision
 from dr_cloud.model.errors import DeniedError, DrCloudError, ForbiddenError
 from dr_cloud.model.principal import Role
+from dr_cloud.model.recovery import FailoverRequest, StopTest, TestsRequest
 from dr_cloud.model.rights import Action
 from dr_cloud.model.vpg import ProtectedServer
 from dr_cloud.rights import grant

@@ -12,10 +12,10 @@ from cloud_world import BACK, BRIDGE, LAW, OPEN_LAW
 from rights_world import BRITS, UK, US, RightsWorld, on_both, target, to, until
 
 from dr_cloud.manager.cloud import SYSTEM
-from dr_cloud.model.cloud import RecoveryTest, StopTest, TestsRequest
 from dr_cloud.model.decision import PolicyChange
 from dr_cloud.model.errors import DeniedError, UnavailableError
 from dr_cloud.model.ids import Scope
+from dr_cloud.model.recovery import RecoveryTest, StopTest, TestsRequest
 from dr_cloud.model.replication import SourceOrders
 from dr_cloud.model.rights import GRACE_SECONDS, Regulation
 from dr_cloud.model.units import SECOND_NS, format_time
@@ -166,7 +166,7 @@ def test_a_running_test_is_stopped_and_goes_on(world: RightsWorld):
     assert world.cloud.test(SYSTEM, "acme", there.id).denied == ""
     world.law(LAW)
     world.look()
-    stopped = world.done(world.cloud.stop_test(SYSTEM, "acme", there.id, StopTest(verdict="failed")))
+    stopped = world.done(world.cloud.stop_test(SYSTEM, "acme", there.id, StopTest(verdict="fail")))
     assert stopped.result == {"test": there.id}
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from dr_cloud.model.errors import InvalidError
+from dr_cloud.model.probe import ProbeSpec
 from dr_cloud.recovery.probes.bench import MOUNT_OPTIONS
 from dr_cloud.recovery.probes.command import variable
 from dr_cloud.recovery.probes.output import Output
 from dr_cloud.recovery.probes.probe import kinds, load_kind, make_probe
 from dr_cloud.recovery.probes.runner import run_probes
-from dr_cloud.recovery.probes.spec import ProbeSpec, parse_spec, read_specs, with_names
+from dr_cloud.recovery.probes.spec import parse_spec, read_specs, with_names
 
 DISKS = {"root": "nbd+unix:///root?socket=/nowhere"}
 

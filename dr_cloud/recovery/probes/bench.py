@@ -18,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from dr_cloud.model.probe import ProbeLimits, ProbeSpec
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.recovery.probes.apart import Apart, end
 from dr_cloud.recovery.probes.errors import FailedError
 from dr_cloud.recovery.probes.layer import Servers, layer_uri, start_layer, unmount, wait_for
-from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeSpec
 from dr_cloud.recovery.probes.volumes import Volume, read_volumes
 
 INSIDE: Final = Path("/mnt/probe")

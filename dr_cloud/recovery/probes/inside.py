@@ -32,11 +32,11 @@ from typing import Final
 from pydantic import BaseModel
 
 from dr_cloud.model.errors import DrCloudError
+from dr_cloud.model.probe import ProbeLimits, ProbeSpec
 from dr_cloud.recovery.probes import kernel
 from dr_cloud.recovery.probes.bench import INSIDE, Bench
 from dr_cloud.recovery.probes.errors import FailedError
 from dr_cloud.recovery.probes.probe import make_probe
-from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeSpec
 
 USER_BASE: Final = 0x1000_0000
 """A keeper's process id is added to it: a user that is nobody else's as long as the probe runs."""

@@ -18,8 +18,9 @@ from typing import Any, Final, Protocol, cast
 from pydantic import ValidationError
 
 from dr_cloud.model.errors import InvalidError
+from dr_cloud.model.probe import ProbeSpec
 from dr_cloud.recovery.probes.bench import Bench
-from dr_cloud.recovery.probes.spec import ProbeSpec, why
+from dr_cloud.recovery.probes.spec import why
 
 GROUP: Final = "dr_cloud.probes"
 _OWN: Final = {

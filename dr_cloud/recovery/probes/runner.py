@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import fnmatch
+import hashlib
 import os
 import shutil
 import stat
@@ -29,11 +30,12 @@ from pathlib import Path
 from typing import Final
 
 from dr_cloud.model.errors import InvalidError
+from dr_cloud.model.probe import Artefact, ProbeLimits, ProbeResult, ProbeSpec
 from dr_cloud.nbd.uri import parse_uri
 from dr_cloud.recovery.probes.inside import Verdict
 from dr_cloud.recovery.probes.output import Output
 from dr_cloud.recovery.probes.probe import make_probe
-from dr_cloud.recovery.probes.spec import ProbeLimits, ProbeResult, ProbeSpec, with_names
+from dr_cloud.recovery.probes.spec import with_names
 from dr_cloud.recovery.probes.watch import watch
 
 _PREFIX: Final = ".probe-"
@@ -94,7 +96,7 @@ class _Run:
         """Run one probe."""
         started_ns, start = time.time_ns(), time.monotonic()
         output = Output(spec.output_bytes_max)
-        artefacts: list[Path] = []
+        artefacts: list[Artefact] = []
         if self._stop.is_set():
             verdict = Verdict(passed=False, reason="stopped before it began")
         else:
@@ -118,7 +120,7 @@ class _Run:
         )
 
 
-def _keep(made: Path, place: Path) -> list[Path]:
+def _keep(made: Path, place: Path) -> list[Artefact]:
     """Move artefacts where people find them; links and other oddities that a program left are not taken."""
     kept = []
     for path in sorted(made.iterdir())[:_ARTEFACTS_MAX] if made.is_dir() else []:
@@ -129,7 +131,9 @@ def _keep(made: Path, place: Path) -> list[Path]:
             os.replace(path, target)
             os.chown(target, os.geteuid(), os.getegid())
             target.chmod(0o600)
-            kept.append(target)
+            with target.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            kept.append(Artefact(path=f"{place.name}/{path.name}", size_bytes=info.st_size, sha256=digest))
     return kept
 
 

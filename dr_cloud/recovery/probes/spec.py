@@ -1,4 +1,4 @@
-"""What a probe is to do, what it may use, and what it found: records that cross process boundaries.
+"""How probes are written down: in short texts, in YAML and JSON.
 
 A probe is named in a short text, or in YAML or JSON with the same fields:
 
@@ -17,74 +17,17 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from dr_cloud.model.errors import InvalidError
+from dr_cloud.model.probe import ProbeSpec
 
-TIMEOUT_SECONDS: Final = 120.0
-OUTPUT_BYTES_MAX: Final = 64 << 10
-_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _FIELD_BREAK: Final = re.compile(r",(?=[a-z][a-z0-9_]*=)")
 _COMMON: Final = {"name": "name", "disk": "disk", "timeout": "timeout_seconds", "output": "output_bytes_max"}
 """Fields of every probe, as they are called in a short text."""
-
-
-class ProbeSpec(BaseModel):
-    """One probe to run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Annotated[str, Field(pattern=rf"^{_NAME}$")]
-    """Which probe: `fsck`, `sqlite`, … or one that a plug-in brings."""
-    name: Annotated[str, Field(pattern=rf"^({_NAME})?$")] = ""
-    """By which its result is known; the kind if empty."""
-    disk: str = "*"
-    """Which of the stack's disks: a name, or a pattern with `*` and `?`."""
-    parameters: dict[str, Any] = {}
-    timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = TIMEOUT_SECONDS
-    output_bytes_max: Annotated[int, Field(ge=0, le=16 << 20)] = OUTPUT_BYTES_MAX
-
-
-class ProbeLimits(BaseModel):
-    """What one probe may use, beside its own time-out and output limit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    memory_bytes: Annotated[int, Field(ge=512 << 20)] = 4 << 30
-    """Address space of each of its processes."""
-    scratch_bytes: Annotated[int, Field(ge=1 << 20)] = 4 << 30
-    """The largest file it may write; what it changes on a disk is one file."""
-    processes: Annotated[int, Field(ge=1)] = 256
-    """Processes and threads at once, of all that handle the disk's data."""
-    kernel_mounts: bool = True
-    """Whether this machine's kernel may mount file systems of the stack. It is a matter of trust: docs/probes.md."""
-
-
-class ProbeResult(BaseModel):
-    """What one probe found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    probe: str
-    """The probe's name."""
-    verdict: Literal["pass", "fail"]
-    reason: str
-    """One sentence: what was found, or why it failed."""
-    output: str = ""
-    """What it and its programs printed, beginning and end where it was too much."""
-    output_cut: bool = False
-    started_ns: int
-    seconds: float
-    artefacts: list[Path] = []
-    """Files that it left for people to look at."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the verdict is `pass`."""
-        return self.verdict == "pass"
 
 
 def parse_spec(text: str) -> ProbeSpec:

@@ -1,9 +1,8 @@
-"""Recovery tests and failover before its commit: stacks at past times, opened, watched, closed.
+"""Recovery tests: stacks at past times, opened, watched, closed.
 
 A test's id is its stack's name, so a manager that restarted finds its stacks again, and a task that is stepped twice
 opens nothing twice. Tests of one VPG run side by side and end one by one; replication goes on. A test whose stack has
-died is failed, and it alone. A failover serves one stack, writable, until it is rolled back (its commit is not here
-yet).
+died is failed, and it alone.
 """
 
 from __future__ import annotations
@@ -24,21 +23,24 @@ from dr_cloud.manager.protect import only_target
 from dr_cloud.manager.questions import about_target, by_person, operator_of, place_of_target, subject_of
 from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, view
 from dr_cloud.manager.vpgs import Vpgs, judge
-from dr_cloud.model.cloud import FailoverRequest, Page, PageRequest, RecoveryTest, Route, StopTest, TestsRequest
+from dr_cloud.model.cloud import Page, PageRequest, Route
 from dr_cloud.model.errors import ConflictError, DeniedError, DrCloudError, InvalidError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.principal import Principal
+from dr_cloud.model.probe import ProbeResult
+from dr_cloud.model.recovery import RecoveryTest, StopTest, TestsRequest
 from dr_cloud.model.rights import Action, Question
 from dr_cloud.model.task import Task
 from dr_cloud.model.units import SECOND_NS, format_time
 from dr_cloud.model.vpg import VpgEvent, VpgStatus, next_status
+from dr_cloud.recovery.probes.spec import with_names
 from dr_cloud.stack.stack import StackStatistics
 
 OPEN = ("opening", "running", "closing")
 
 
-class Recovery(Vpgs, Checkpoints):
-    """Operations on recovery tests and failovers."""
+class RecoveryTests(Vpgs, Checkpoints):
+    """Operations on recovery tests, and on what a failover has in common with them."""
 
     @decided
     def start_tests(self, who: Principal, enterprise: str, vpg: str, request: TestsRequest) -> Task:
@@ -46,51 +48,37 @@ class Recovery(Vpgs, Checkpoints):
         with self._change(who, "test.start", enterprise, f"vpg {vpg}") as change:
             row = self._row(change.session, enterprise, vpg)
             target = self._servable(row, request.target)
-            row.status = next_status(VpgStatus(row.status), VpgEvent.TEST_STARTED).value
-            asked = about_target(row, target, [Action.TEST], operator_of(who))
-            change.decide("stack", subject_of((enterprise, vpg, target.name)), asked)
-            inputs = request.model_dump(mode="json") | {"target": target.name}
-            task = change.task("test.start", inputs, vpg=vpg, site=target.site)
-            tests = [
-                _new_test(change, vpg, target.name, "test", task.id, at_ns, request.note, request.quota_bytes)
-                for at_ns in request.times_ns
-            ]
-            task.state = {"tests": tests}
-            change.registry = True
-            return change.done(view(task))
+            return change.done(view(self._begin_tests(change, row, target, request)))
 
-    @decided
-    def failover(self, who: Principal, enterprise: str, vpg: str, request: FailoverRequest) -> Task:
-        """Serve the VPG's disks, writable, as they were at a checkpoint, at a time, or at the latest."""
-        if request.checkpoint is not None and request.at_ns is not None:
-            raise InvalidError("a checkpoint and a time were given", "Give one of them, or none for the latest.")
-        with self._change(who, "failover.start", enterprise, f"vpg {vpg}") as change:
-            row = self._row(change.session, enterprise, vpg)
-            self._one_at_a_time(change.session, row)
-            target = self._servable(row, request.target)
-            row.status = next_status(VpgStatus(row.status), VpgEvent.FAILOVER_STARTED).value
-            asked = about_target(row, target, [Action.FAIL_OVER], operator_of(who))
-            change.decide("failover", subject_of((enterprise, vpg, target.name)), asked)
-            inputs = request.model_dump(mode="json") | {"target": target.name}
-            task = change.task("failover.start", inputs, vpg=vpg, site=target.site)
-            test = _new_test(change, vpg, target.name, "failover", task.id, request.at_ns or 0, "", None)
-            task.state = {"tests": [test]}
-            change.registry = True
-            change.event("vpg", vpg, status=row.status)
-            return change.done(view(task))
-
-    def rollback_failover(self, who: Principal, enterprise: str, vpg: str) -> Task:
-        """End a failover that was not committed: what was written to the recovered disks is gone."""
-        with self._change(who, "failover.rollback", enterprise, f"vpg {vpg}") as change:
-            row = self._row(change.session, enterprise, vpg)
-            self._one_at_a_time(change.session, row)
-            next_status(VpgStatus(row.status), VpgEvent.FAILOVER_ROLLED_BACK)
-            stacks = list(
-                change.session.scalars(_open_tests(vpg, "failover").with_only_columns(tables.RecoveryTest.id))
+    def _begin_tests(
+        self, change: Change, row: tables.Vpg, target: tables.VpgTarget, request: TestsRequest, origin: str = ""
+    ) -> tables.Task:
+        """Ask whether they may be, make their rows and the task that opens their stacks; return the task."""
+        row.status = next_status(VpgStatus(row.status), VpgEvent.TEST_STARTED).value
+        asked = about_target(row, target, [Action.TEST], operator_of(change.who))
+        change.decide("stack", subject_of((row.enterprise, row.name, target.name)), asked)
+        inputs = request.model_dump(mode="json") | {"target": target.name}
+        task = change.task("test.start", inputs, vpg=row.name, site=target.site)
+        tests = [
+            new_test(
+                change,
+                row.name,
+                target.name,
+                task.id,
+                at_ns,
+                note=request.note,
+                origin=origin,
+                quota_bytes=request.quota_bytes,
+                probes=[spec.model_dump(mode="json") for spec in with_names(request.probes)],
+                keep=request.keep,
+                remote=request.remote,
+                expires_ns=change.now_ns + request.lifetime_seconds * SECOND_NS,
             )
-            task = change.task("failover.rollback", {}, vpg=vpg)
-            task.state = {"tests": stacks}
-            return change.done(view(task))
+            for at_ns in request.times_ns
+        ]
+        task.state = {"tests": tests}
+        change.registry = True
+        return task
 
     def stop_test(self, who: Principal, enterprise: str, test: str, how: StopTest) -> Task:
         """Stop one test and say how it went."""
@@ -188,12 +176,10 @@ class Recovery(Vpgs, Checkpoints):
 
     # Tasks.
 
-    def _register_recovery_tasks(self) -> None:
+    def _register_test_tasks(self) -> None:
         register = self._context.tasks.register
         register("test.start", TaskType(self._step_start_tests))
         register("test.stop", TaskType(self._step_stop_test))
-        register("failover.start", TaskType(self._step_failover))
-        register("failover.rollback", TaskType(self._step_rollback))
 
     def _step_start_tests(self, task: tables.Task) -> Later | Done:
         rows = self._tests_of(task)
@@ -220,53 +206,6 @@ class Recovery(Vpgs, Checkpoints):
                 self._context.registry.touch(session, task.enterprise)
         self._settle(task)
         return Done({"test": test})
-
-    def _step_failover(self, task: tables.Task) -> Later | Done:
-        (test,) = task.state["tests"]
-        try:
-            at_ns = self._failover_time(task)
-            problems = self._open(task, {test: at_ns}, None)
-            if problems:
-                raise problems[test]
-        except DrCloudError as error:
-            with self._database.write(task.enterprise) as session:
-                row = session.get(tables.RecoveryTest, (task.enterprise, test))
-                if row is not None and row.stopped_ns is None:
-                    row.status, row.stopped_ns, row.problem = "failed", self._context.clock_ns(), str(error)
-            self._roll_back(task)
-            raise
-        return Done({"test": test, "at_ns": at_ns})
-
-    def _failover_time(self, task: tables.Task) -> int:
-        if task.inputs["at_ns"] is not None:
-            return int(task.inputs["at_ns"])
-        found = [c for c in self._context.fabric.checkpoints(self._route_of(task)) if c.testable]
-        if task.inputs["checkpoint"] is not None:
-            found = [c for c in found if c.number == task.inputs["checkpoint"]]
-        if not found:
-            raise TaskFailedError("there is no such checkpoint to fail over to", "List the checkpoints, choose one.")
-        return found[-1].time_ns
-
-    def _step_rollback(self, task: tables.Task) -> Later | Done:
-        for test in task.state["tests"]:
-            statistics = self._context.fabric.close_stack(test)
-            with self._database.write(task.enterprise) as session:
-                row = session.get(tables.RecoveryTest, (task.enterprise, test))
-                if row is not None and row.stopped_ns is None:
-                    row.status, row.stopped_ns, row.uris = "stopped", self._context.clock_ns(), {}
-                    row.statistics = counters(statistics) or row.statistics
-        self._roll_back(task)
-        return Done()
-
-    def _roll_back(self, task: tables.Task) -> None:
-        with self._database.write(task.enterprise) as session:
-            row = session.get(tables.Vpg, (task.enterprise, task.vpg))
-            if row is not None and row.status == VpgStatus.FAILOVER:
-                row.status = next_status(VpgStatus(row.status), VpgEvent.FAILOVER_ROLLED_BACK).value
-                if session.scalars(_open_tests(row.name, "test").limit(1)).first() is not None:
-                    row.status = next_status(VpgStatus(row.status), VpgEvent.TEST_STARTED).value
-                judge(session, self._context.config, row, self._context.clock_ns())
-                self._context.registry.touch(session, task.enterprise)
 
     def _open(self, task: tables.Task, times_ns: Mapping[str, int], quota_bytes: int | None) -> dict[str, DrCloudError]:
         """Open stacks and note what became of each; return those that failed, with why."""
@@ -325,14 +264,16 @@ def end_tests(session: Session, row: tables.Vpg) -> None:
         row.status = next_status(VpgStatus.TEST, VpgEvent.TESTS_ENDED).value
 
 
-def _open_tests(vpg: str, kind: str) -> Any:
+def open_tests(vpg: str, kind: str) -> Any:
+    """Select the tests, or failovers, of a VPG that have not ended."""
     table = tables.RecoveryTest
     return select(table).where(table.vpg == vpg, table.kind == kind, table.status.in_(OPEN))
 
 
-def _new_test(
-    change: Change, vpg: str, target: str, kind: str, task: str, at_ns: int, note: str, quota_bytes: int | None
+def new_test(
+    change: Change, vpg: str, target: str, task: str, at_ns: int, *, kind: str = "test", **more: object
 ) -> str:
+    """Add the row of a test whose stack is to be opened; return its id. `more` are further columns."""
     row = tables.RecoveryTest(
         enterprise=change.enterprise,
         id=uuid.uuid4().hex,
@@ -342,10 +283,9 @@ def _new_test(
         task=task,
         status="opening",
         asked_ns=at_ns,
-        note=note,
-        quota_bytes=quota_bytes,
         started_ns=change.now_ns,
         started_by=change.who.name,
+        **{"note": "", **more},
     )
     change.session.add(row)
     change.event("test", row.id, vpg=vpg, status="opening", asked=format_time(at_ns) if at_ns else "latest")
@@ -395,5 +335,23 @@ def test_view(row: tables.RecoveryTest, now_ns: int) -> RecoveryTest:
             "problem": row.problem or "",
             "denied": row.denied or "",
             "started_by": row.started_by,
+            "origin": row.origin,
+            "probes": row.probes,
+            "results": row.results,
+            "keep": row.keep,
+            "remote": row.remote,
+            "expires_ns": row.expires_ns,
+            "ended": row.ended,
+            "rto_seconds": _rto_seconds(row),
         }
     )
+
+
+def _rto_seconds(row: tables.RecoveryTest) -> float | None:
+    if row.running_ns is None or len(row.results) < len(row.probes):
+        return None
+    results = [ProbeResult.model_validate(result) for result in row.results]
+    if not all(result.passed for result in results):
+        return None
+    ready_ns = max([row.running_ns, *(result.started_ns + int(result.seconds * SECOND_NS) for result in results)])
+    return (ready_ns - row.started_ns) / SECOND_NS
