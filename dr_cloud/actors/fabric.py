@@ -2,15 +2,11 @@
 
 Everything is found by name, so that a manager that restarts finds what runs. An actor that is dead, restarts or has no
 node is an `UnavailableError` after a while, never a wait without end.
-
-Files
-    `ports.json` in the state folder: each enterprise's port, once given never given to another while it is registered.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import uuid
@@ -23,74 +19,28 @@ import structlog
 
 from dr_cloud.actors.cluster import START_SECONDS, UNHEARD_SECONDS, ask, ask_again
 from dr_cloud.actors.gate import LOGS_SECONDS, Target
-from dr_cloud.actors.https import free_port
 from dr_cloud.actors.logs import provider_archive
 from dr_cloud.actors.placing import Labels, Placing
 from dr_cloud.actors.pool import StackPool
+from dr_cloud.actors.ports import Ports
 from dr_cloud.actors.settings import ProviderSettings
 from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.actors.vdsa import Vdsa
 from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.fabric import ServedStack
 from dr_cloud.model.cloud import PAGE_LIMIT_MAX, LogRequest, PageRequest, Route
-from dr_cloud.model.errors import DrCloudError, LimitError, NotFoundError, UnavailableError
+from dr_cloud.model.errors import DrCloudError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan, Write
 from dr_cloud.model.replication import LogRequest as SiteLogRequest
 from dr_cloud.model.replication import TargetOrders
 from dr_cloud.model.rights import Action
 from dr_cloud.rights.rights import Rights
-from dr_cloud.seal.identity import replace_file
 from dr_cloud.stack.stack import StackStatistics
 
 PLAN_SECONDS: Final = 60.0
 
 _log = structlog.get_logger(__name__)
-
-
-class Ports:
-    """Which port is whose connector's."""
-
-    def __init__(self, settings: ProviderSettings) -> None:
-        """Read what was given before."""
-        self._path = settings.config.state / "ports.json"
-        self._host = settings.config.link_host
-        self._range = settings.config.link_ports
-        self._lock = threading.Lock()
-
-    def _given(self) -> dict[str, int]:
-        with contextlib.suppress(FileNotFoundError):
-            ports: dict[str, int] = json.loads(self._path.read_text())
-            return ports
-        return {}
-
-    def of(self, enterprise: str) -> int:
-        """Return the port of an enterprise, given now if it has none. Raises `LimitError` if there is none left."""
-        with self._lock:
-            given = self._given()
-            if enterprise not in given:
-                taken = set(given.values())
-                first, last = self._range
-                wanted = [0] if not last else [port for port in range(first, last + 1) if port not in taken]
-                given[enterprise] = self._free(wanted)
-                replace_file(self._path, json.dumps(given, indent=1), 0o600)
-            return given[enterprise]
-
-    def _free(self, wanted: Sequence[int]) -> int:
-        for port in wanted:
-            with contextlib.suppress(OSError):
-                return free_port(self._host, port)
-        raise LimitError(
-            f"no port from {self._range[0]} to {self._range[1]} is free for another connector",
-            "Widen `link_ports` in the provider's configuration.",
-        )
-
-    def give_back(self, enterprise: str) -> None:
-        """Forget the port of an enterprise that is gone."""
-        with self._lock:
-            given = self._given()
-            if given.pop(enterprise, None) is not None:
-                replace_file(self._path, json.dumps(given, indent=1), 0o600)
 
 
 class RayFabric:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dr_cloud.actors.cluster import Placement
-from dr_cloud.actors.fabric import Ports
+from dr_cloud.actors.ports import Ports
 from dr_cloud.actors.https import split_listen
 from dr_cloud.actors.settings import ProviderSettings, load_provider, locked
 from dr_cloud.actors.up import tenants_of
