@@ -31,7 +31,7 @@ from dr_cloud.manager.fabric import ServedStack
 from dr_cloud.model.cloud import PAGE_LIMIT_MAX, LogRequest, PageRequest, Route
 from dr_cloud.model.errors import DrCloudError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
-from dr_cloud.model.journal import Checkpoint, ImagePlan, Write
+from dr_cloud.model.journal import Checkpoint, ImagePlan, PlacedImage, PlacedWrite, Write
 from dr_cloud.model.replication import LogRequest as SiteLogRequest
 from dr_cloud.model.replication import TargetOrders
 from dr_cloud.model.rights import Action
@@ -223,6 +223,22 @@ class RayFabric:
         vdsa = self._vdsa_of(route)
         found: list[Write] = ask_again(
             lambda: vdsa.writes.remote(_orders(route), since_ns, until_ns, limit), "the VDSA", PLAN_SECONDS
+        )
+        return found
+
+    def images_at(self, route: Route, times_ns: Sequence[int]) -> Sequence[PlacedImage]:
+        """Return for each time which image is served for it, and how much of the journal that holds."""
+        vdsa, times = self._vdsa_of(route), list(times_ns)
+        found: list[PlacedImage] = ask_again(
+            lambda: vdsa.images_at.remote(_orders(route), times), "the VDSA", PLAN_SECONDS
+        )
+        return found
+
+    def writes_at(self, route: Route, positions: Sequence[int]) -> Sequence[PlacedWrite]:
+        """Return for each position in the journal the write that it is in. Reads their checkpoints' objects only."""
+        vdsa, wanted = self._vdsa_of(route), list(positions)
+        found: list[PlacedWrite] = ask_again(
+            lambda: vdsa.writes_at.remote(_orders(route), wanted), "the VDSA", PLAN_SECONDS
         )
         return found
 

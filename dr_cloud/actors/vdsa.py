@@ -40,12 +40,13 @@ from dr_cloud.actors.inner import Inner
 from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.node import LoopThread, NodeSettings, Stores
 from dr_cloud.actors.settings import ManagerDesk, ProviderSettings
+from dr_cloud.journal.catalogue import Catalogue
 from dr_cloud.journal.reader import JournalReader
-from dr_cloud.journal.writes import list_writes
+from dr_cloud.journal.writes import images_at, list_writes, writes_at
 from dr_cloud.link.stream import MessageStream
 from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.ids import Scope
-from dr_cloud.model.journal import Checkpoint, ImagePlan, Write
+from dr_cloud.model.journal import Checkpoint, ImagePlan, PlacedImage, PlacedWrite, Write
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, TargetOrders
 from dr_cloud.rights.grant import verify
 from dr_cloud.seal.identity import replace_file
@@ -322,14 +323,23 @@ class Vdsa:
 
     def writes(self, target: TargetOrders, since_ns: int, until_ns: int, limit: int) -> list[Write]:
         """Return the first `limit` writes of a scope with `since_ns` ≤ time ≤ `until_ns`, ascending."""
+        return list_writes(*self._journal(target), since_ns, until_ns, limit)
+
+    def images_at(self, target: TargetOrders, times_ns: Sequence[int]) -> list[PlacedImage]:
+        """Return for each time which image is served for it, and how much of the journal that holds."""
+        return images_at(*self._journal(target), times_ns)
+
+    def writes_at(self, target: TargetOrders, positions: Sequence[int]) -> list[PlacedWrite]:
+        """Return for each position in the journal the write that it is in."""
+        return writes_at(*self._journal(target), positions)
+
+    def _journal(self, target: TargetOrders) -> tuple[Catalogue, JournalReader]:
         self.admit([target])
         scope = target.scope
         catalogue = self._loop.call(self._vdsa.catalogue(scope))
-        if catalogue.newest is None:
-            return []
+        generations = catalogue.newest.generations if catalogue.newest is not None else []
         keys = self._keyring.vpg_keys(scope)
-        reader = JournalReader(self._stores.at(target.store), keys, scope, catalogue.newest.generations)
-        return list_writes(catalogue, reader, since_ns, until_ns, limit)
+        return catalogue, JournalReader(self._stores.at(target.store), keys, scope, generations)
 
     def stop(self) -> None:
         """Finish what is under way and close; the actor is of no use afterwards."""

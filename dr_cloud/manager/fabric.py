@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dr_cloud.model.cloud import LogRequest, Route
 from dr_cloud.model.errors import DrCloudError
-from dr_cloud.model.journal import Checkpoint, PlacedWrite, Write, WriteRange
+from dr_cloud.model.journal import Checkpoint, PlacedImage, PlacedWrite, Write
 from dr_cloud.model.probe import ProbeResult, ProbeSpec
 from dr_cloud.model.recovery import TestCredential
 from dr_cloud.stack.stack import StackStatistics
@@ -84,12 +84,12 @@ class Fabric(Protocol):
         """Return the first `limit` writes of a scope with `since_ns` ≤ time ≤ `until_ns`, ascending."""
         ...
 
-    def write_range(self, route: Route, since_ns: int, until_ns: int) -> WriteRange:
-        """Return the positions of a scope's writes with `since_ns` ≤ time ≤ `until_ns` in the order of its journal."""
+    def images_at(self, route: Route, times_ns: Sequence[int]) -> Sequence[PlacedImage]:
+        """Return for each time which image is served for it, and how much of the journal that holds."""
         ...
 
     def writes_at(self, route: Route, positions: Sequence[int]) -> Sequence[PlacedWrite]:
-        """Return for each position the write that holds it. Reads the objects of their checkpoints only."""
+        """Return for each position in the journal the write that it is in. Reads their checkpoints' objects only."""
         ...
 
     def insert_checkpoint(self, route: Route, tag: str, description: str) -> str:

@@ -103,22 +103,24 @@ class Write(_Record):
     """Whether this time has an image of its own; else a test of it is moved down to the checkpoint before."""
 
 
-class WriteRange(_Record):
-    """Where writes lie in the order of a journal: each changed block of a write is one position."""
+class PlacedImage(_Record):
+    """The image that is served for a time, and where it stands in the order of the journal's change rows."""
 
-    first: int
-    count: int
-    """0 if there is none."""
+    time_ns: int
+    """The time that is served."""
+    rows: int
+    """How many rows it holds: those at positions 0 to `rows` - 1."""
 
 
 class PlacedWrite(_Record):
-    """A write, and which positions it takes."""
+    """A write, and which positions it takes: how many change rows of the journal come before each of its own."""
 
     time_ns: int
+    """The first time whose image holds it whole."""
     first: int
     last: int
     exact: bool
-    """Whether this time has an image of its own; else a test of it is moved down to the checkpoint before."""
+    """False: it is all that was written while the order was not known, which can be had as a whole only."""
 
 
 class ImagePlan(_Record):
