@@ -8,6 +8,11 @@ Failing closed
     `RightsDesk` never raises where it is asked to decide. Who is not answered in two seconds has no answer, which is
     not a yes (`Answer.answered`).
 
+Consistency
+    The process that puts policies and facts knows which revision is in force: it keeps each yes under that revision for
+    a moment (`dr_cloud.rights.cache`), so that what is asked again and again costs no call. Putting forgets them all. A
+    no is always asked for, and so is everything in a process that puts nothing: it does not know when that changes.
+
 Crash recovery
     Ray starts it again. It has its keys from the state folder, and decides nothing until the manager, which sees that
     its revision is not the one that is wanted, has put policies and facts again.
@@ -16,7 +21,10 @@ Crash recovery
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import ray
@@ -27,6 +35,7 @@ from dr_cloud.actors.logs import start_log
 from dr_cloud.actors.settings import RIGHTS, ProviderSettings
 from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.rights import Answer, Facts, PolicySources, Question, RightsState
+from dr_cloud.rights.cache import AnswerCache
 from dr_cloud.rights.rights import GrantRequest
 
 DECIDE_SECONDS: Final = 2.0
@@ -72,6 +81,10 @@ class RightsDesk:
         self._placement = placement
         self._engine = engine
         self._actor: Any = None
+        self._lock = threading.Lock()
+        self._revision = ""
+        """In force as far as this process has put it; empty if it has not, or does not know how that went."""
+        self._known = AnswerCache()
 
     def _ask(self, timeout_seconds: float, method: str, *arguments: Any) -> Any:
         try:
@@ -96,8 +109,24 @@ class RightsDesk:
 
     def decide(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer each question; see `Rights`."""
-        answers = self._answers("decide", questions)
-        return [Answer(reasons=[answers]) for _ in questions] if isinstance(answers, str) else answers
+        now = time.time()
+        keys = [question.model_dump_json() for question in questions]
+        with self._lock:
+            known = {key: yes for key in keys if (yes := self._known.get(key, now, self._revision)) is not None}
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
+        if missing:
+            answers = self._answers("decide", list(missing.values()))
+            if isinstance(answers, str):
+                answers = [Answer(reasons=[answers]) for _ in missing]
+            known |= zip(missing, answers, strict=True)
+            self._keep({key: known[key] for key in missing}, now)
+        return [known[key] for key in keys]
+
+    def _keep(self, answers: Mapping[str, Answer], now: float) -> None:
+        with self._lock:
+            for key, answer in answers.items():
+                if answer.allow:
+                    self._known.put(key, now, math.inf if answer.until_s is None else float(answer.until_s), answer)
 
     def grant(self, requests: Sequence[GrantRequest]) -> list[tuple[Answer, str]]:
         """Answer each, with a grant where the answer is yes; see `Rights`."""
@@ -114,13 +143,22 @@ class RightsDesk:
 
     def put_facts(self, facts: Facts) -> str:
         """Decide by these facts from now on; see `Rights`."""
-        revision: str = self._ask(UNHEARD_SECONDS, "put_facts", facts)
-        return revision
+        return self._put(UNHEARD_SECONDS, "put_facts", facts)
 
     def put_sources(self, sources: PolicySources) -> str:
         """Put policies and regulation in force, which are tried first; see `Rights`."""
-        revision: str = self._ask(ANSWER_SECONDS, "put_sources", sources)
+        return self._put(ANSWER_SECONDS, "put_sources", sources)
+
+    def _put(self, timeout_seconds: float, method: str, what: Facts | PolicySources) -> str:
+        self._in_force("")  # whatever becomes of it, what was known before counts no more
+        revision: str = self._ask(timeout_seconds, method, what)
+        self._in_force(revision)
         return revision
+
+    def _in_force(self, revision: str) -> None:
+        with self._lock:
+            self._revision = revision
+            self._known.clear()
 
     def what_if(self, sources: PolicySources, questions: Sequence[Question]) -> list[Answer]:
         """Answer by other policies; see `Rights`."""

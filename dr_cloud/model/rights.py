@@ -105,7 +105,7 @@ class Answer(_Record):
 GRACE_SECONDS: Final = 900
 """How long what was allowed goes on while no engine answers. Grants live as long."""
 CACHE_SECONDS: Final = 2.0
-"""How long an answer may be used again for the same question under the same revision."""
+"""How long an answer may be used again for the same question under the same revision, wherever it is kept."""
 JUDGE_SECONDS: Final = 60.0
 """How often everything that stands is judged again at least; a new revision is noticed within a second."""
 

@@ -4,7 +4,7 @@ Purpose
     It looks after the bundle (sources and facts together), asks the engine, and signs grants after its own yes.
 
 Consistency
-    Sources and facts have one revision, named by their content. Answers are used again for `CACHE_SECONDS` at most,
+    Sources and facts have one revision, named by their content. Answers are used again for a moment (`cache`),
     never under another revision, nor across the beginning or end of a mechanism. A no that comes from an older revision
     while the engine is about to fetch a newer one is asked again, so what was just registered is not refused for it.
 
@@ -16,6 +16,7 @@ Crash recovery
 from __future__ import annotations
 
 import bisect
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,6 @@ from typing import Final
 
 from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.rights import (
-    CACHE_SECONDS,
     GRACE_SECONDS,
     Action,
     Answer,
@@ -34,6 +34,7 @@ from dr_cloud.model.rights import (
     RightsState,
 )
 from dr_cloud.rights.bundle import Signer, build_bundle
+from dr_cloud.rights.cache import AnswerCache
 from dr_cloud.rights.embedded import EmbeddedEngine
 from dr_cloud.rights.engine import Engine, no_answer
 from dr_cloud.rights.grant import Grant, issue
@@ -43,34 +44,8 @@ from dr_cloud.rights.trial import try_bundle
 
 SETTLE_SECONDS: Final = 3.0
 """How long an engine may take to come to a new revision before that is a problem."""
-_CACHE_ENTRIES_MAX: Final = 20_000
 _WAIT_SECONDS: Final = 1.2
 """How long a question waits for that. Who asks gives up after two seconds."""
-
-
-class _Cache:
-    """Answers of the last moments, under one revision. Not thread-safe."""
-
-    def __init__(self) -> None:
-        self._answers: dict[str, tuple[float, float, Answer]] = {}
-        self._revision = ""
-
-    def get(self, key: str, now: float, revision: str) -> Answer | None:
-        if revision != self._revision:
-            self._answers.clear()
-            self._revision = revision
-        at, until, answer = self._answers.get(key, (0.0, 0.0, None))
-        return answer if at <= now < until else None
-
-    def put(self, key: str, now: float, until: float, answer: Answer) -> None:
-        if answer.revision != self._revision:
-            return
-        if len(self._answers) >= _CACHE_ENTRIES_MAX:
-            self._answers.clear()
-        self._answers[key] = (now, until, answer)
-
-    def clear(self) -> None:
-        self._answers.clear()
 
 
 class RightsService:
@@ -96,7 +71,7 @@ class RightsService:
         self._wanted = ""
         self._bundle = b""
         self._put_at = 0.0
-        self._cache = _Cache()
+        self._cache = AnswerCache()
         self._boundaries: list[int] = []
         self._good = [load_policies().modules] if POLICIES.is_dir() else []
         """Modules that need no trial: the product's own, and those that have had one."""
@@ -131,11 +106,10 @@ class RightsService:
         if outdated and self._settle():
             answers |= self._ask(outdated, self._clock_s())
         boundary_s = self._boundary_s(now)
-        until = now + CACHE_SECONDS if boundary_s is None else min(now + CACHE_SECONDS, boundary_s)
+        until = math.inf if boundary_s is None else float(boundary_s)
         with self._lock:
             for key, answer in answers.items():
-                if answer.answered:
-                    self._cache.put(key, now, until, answer)
+                self._cache.put(key, now, until, answer)
         return answers
 
     def _ask(self, questions: dict[str, Question], now: float) -> dict[str, Answer]:

@@ -151,7 +151,7 @@ def test_nobody_is_refused_for_what_another_brings(world: RightsWorld, monkeypat
     inner = record.append
 
     def picky(session: object, enterprise: str, entries: list[record.Entry], at_ns: int) -> None:
-        if entries[0].subject == "bad":
+        if any(entry.subject == "bad" for entry in entries):
             raise OperationalError("INSERT INTO decisions", {}, Exception("it cannot be"))
         inner(session, enterprise, entries, at_ns)  # type: ignore[arg-type]
 
