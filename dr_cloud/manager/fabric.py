@@ -112,6 +112,10 @@ class Fabric(Protocol):
         """
         ...
 
+    def stacks(self) -> Mapping[str, str]:
+        """Return the stacks that are open as far as this process knows: by the stack's id, whose it is."""
+        ...
+
     def credential(self, stack: str) -> TestCredential | None:
         """Return what a client needs to attach the disks of a stack that is served remotely; None if it is gone."""
         ...

@@ -64,6 +64,8 @@ class ProbeResult(BaseModel):
     verdict: Literal["pass", "fail"]
     reason: str
     """One sentence: what was found, or why it failed."""
+    conclusive: bool = True
+    """Whether the verdict is about the disks. Not where it ran out of time, was stopped or could not run."""
     output: str = ""
     """What it and its programs printed, beginning and end where it was too much."""
     output_cut: bool = False

@@ -21,7 +21,7 @@ from typing import Final, Self
 from dr_cloud.model.probe import ProbeLimits, ProbeSpec
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.recovery.probes.apart import Apart, end
-from dr_cloud.recovery.probes.errors import FailedError
+from dr_cloud.recovery.probes.errors import CannotRunError, FailedError
 from dr_cloud.recovery.probes.layer import Servers, layer_uri, start_layer, unmount, wait_for
 from dr_cloud.recovery.probes.volumes import Volume, read_volumes
 
@@ -76,7 +76,7 @@ class Bench:
         try:
             return NbdClient.connect(self.disks[disk])
         except OSError as error:
-            raise FailedError(f"disk {disk} could not be reached: {error.strerror or error}") from error
+            raise CannotRunError(f"disk {disk} could not be reached: {error.strerror or error}") from error
 
     def volumes(self) -> list[Volume]:
         """Return the volumes of all the probe's disks."""
@@ -136,7 +136,7 @@ class Bench:
             FailedError: It cannot be mounted, or mounts are not allowed here.
         """
         if not self.limits.kernel_mounts:
-            raise FailedError(f"{volume} cannot be looked into: mounting is switched off on this node")
+            raise CannotRunError(f"{volume} cannot be looked into: mounting is switched off on this node")
         driver, options = MOUNT_OPTIONS[volume.kind]
         if driver == "ext4":
             self.replay_ext(volume, file)

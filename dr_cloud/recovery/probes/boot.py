@@ -26,7 +26,7 @@ from dr_cloud.nbd.uri import parse_uri
 from dr_cloud.recovery.probes import kernel
 from dr_cloud.recovery.probes.apart import end
 from dr_cloud.recovery.probes.bench import Bench
-from dr_cloud.recovery.probes.errors import FailedError
+from dr_cloud.recovery.probes.errors import CannotRunError, FailedError
 from dr_cloud.recovery.probes.qmp import Qmp
 
 _QEMU: Final = "qemu-system-x86_64"
@@ -75,9 +75,9 @@ class BootProbe(BaseModel):
     def run(self, bench: Bench) -> str:
         """Start the machine, read its console, keep a screenshot."""
         if shutil.which(_QEMU) is None:
-            raise FailedError(f"there is no {_QEMU} on this node")
+            raise CannotRunError(f"there is no {_QEMU} on this node")
         if bench.limits.memory_bytes < (self.memory_mib << 20) + _MACHINE_BYTES:
-            raise FailedError(
+            raise CannotRunError(
                 f"{self.memory_mib} MiB for the machine and 1 GiB for QEMU are more than the probe may use"
             )
         kvm = self._kvm(bench.apart.user)
@@ -146,7 +146,7 @@ class BootProbe(BaseModel):
                 return True
         except OSError as error:
             if self.accel == "kvm":
-                raise FailedError(f"there is no KVM on this node: {error.strerror}") from error
+                raise CannotRunError(f"there is no KVM on this node: {error.strerror}") from error
             return False
 
     def _watch(self, bench: Bench, machine: subprocess.Popen[bytes]) -> str:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dr_cloud.model.errors import InvalidError
 from dr_cloud.recovery.probes.bench import Bench
-from dr_cloud.recovery.probes.errors import FailedError
+from dr_cloud.recovery.probes.errors import CannotRunError, FailedError
 
 
 def variable(disk: str) -> str:
@@ -38,7 +38,7 @@ class CommandProbe(BaseModel):
         if len({variable(disk) for disk in bench.disks}) < len(bench.disks):
             raise InvalidError("two disks would have the same variable", "Run the probe once for each, by disk=.")
         if shutil.which(self.argv[0]) is None:
-            raise FailedError(f"there is no program {self.argv[0]} on this node")
+            raise CannotRunError(f"there is no program {self.argv[0]} on this node")
         uris = {disk: bench.layer(disk) for disk in bench.disks}
         listed = bench.home / "disks.json"
         listed.write_text(json.dumps(uris))

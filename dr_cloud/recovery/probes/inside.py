@@ -35,7 +35,7 @@ from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.probe import ProbeLimits, ProbeSpec
 from dr_cloud.recovery.probes import kernel
 from dr_cloud.recovery.probes.bench import INSIDE, Bench
-from dr_cloud.recovery.probes.errors import FailedError
+from dr_cloud.recovery.probes.errors import CannotRunError, FailedError
 from dr_cloud.recovery.probes.probe import make_probe
 
 USER_BASE: Final = 0x1000_0000
@@ -62,6 +62,8 @@ class Verdict(BaseModel):
 
     passed: bool
     reason: str
+    conclusive: bool = True
+    """Whether it is about the disks."""
 
 
 def main() -> int:
@@ -128,12 +130,13 @@ def _verdict(job: Job, user: int) -> Verdict:
         with Bench(job.spec, job.disks, job.limits, user, servers) as bench:
             return Verdict(passed=True, reason=make_probe(job.spec).run(bench))
     except FailedError as failed:
-        return Verdict(passed=False, reason=str(failed))
+        return Verdict(passed=False, reason=str(failed), conclusive=not isinstance(failed, CannotRunError))
     except DrCloudError as error:
-        return Verdict(passed=False, reason=f"{error}. {error.remedy}".rstrip(". ") + ".")
+        return Verdict(passed=False, reason=f"{error}. {error.remedy}".rstrip(". ") + ".", conclusive=False)
     except Exception as error:
         traceback.print_exc()
-        return Verdict(passed=False, reason=f"the probe crashed: {type(error).__name__}: {error}".rstrip(": "))
+        reason = f"the probe crashed: {type(error).__name__}: {error}".rstrip(": ")
+        return Verdict(passed=False, reason=reason, conclusive=False)
 
 
 def _build_walls(job: Job, user: int) -> int:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.nbd.uri import parse_uri
-from dr_cloud.recovery.probes.errors import FailedError
+from dr_cloud.recovery.probes.errors import CannotRunError
 
 EXPORT: Final = "disk"
 _START_SECONDS: Final = 20.0
@@ -28,9 +28,11 @@ def wait_for(process: subprocess.Popen[Any], there: Callable[[], bool], what: st
     deadline = time.monotonic() + _START_SECONDS
     while not there():
         if process.poll() is not None:
-            raise FailedError(f"{what} could not be reached: its server or driver has ended with {process.returncode}")
+            raise CannotRunError(
+                f"{what} could not be reached: its server or driver has ended with {process.returncode}"
+            )
         if time.monotonic() > deadline:
-            raise FailedError(f"{what} could not be reached within {_START_SECONDS:g} s")
+            raise CannotRunError(f"{what} could not be reached within {_START_SECONDS:g} s")
         time.sleep(0.005)
 
 
@@ -125,7 +127,7 @@ def _source(uri: str) -> tuple[dict[str, Any], list[str]]:
         source["server"] = {"type": "inet", "host": address.host, "port": str(address.port)}
     if address.tls:
         if address.certificates is None:
-            raise FailedError("a TLS address needs certificates: add ?tls-certificates=DIR")
+            raise CannotRunError("a TLS address needs certificates: add ?tls-certificates=DIR")
         source["tls-creds"] = "tls"
         more = ["--object", f"tls-creds-x509,id=tls,endpoint=client,dir={address.certificates}"]
     return source, more

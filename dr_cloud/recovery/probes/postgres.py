@@ -20,7 +20,7 @@ import psycopg
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from dr_cloud.recovery.probes.bench import Bench
-from dr_cloud.recovery.probes.errors import FailedError
+from dr_cloud.recovery.probes.errors import CannotRunError, FailedError
 from dr_cloud.recovery.probes.root import Root
 from dr_cloud.recovery.probes.sqlite import matched
 
@@ -81,8 +81,10 @@ class PostgresProbe(BaseModel):
         with root.open(f"{data}/PG_VERSION") as file:
             version = file.read(16).decode(errors="replace").strip()
         programs = _SERVERS / version / "bin"
-        if not version.isdigit() or not (programs / "postgres").exists():
-            raise FailedError(f"{self.path} is of PostgreSQL {version!r}; this node has not that server")
+        if not version.isdigit():
+            raise FailedError(f"{self.path} is of PostgreSQL {version!r}, which there is not")
+        if not (programs / "postgres").exists():
+            raise CannotRunError(f"{self.path} is of PostgreSQL {version!r}; this node has not that server")
         take_over(mount, mount / data.lstrip("/"), bench.apart.user)
         server = self._start(bench, programs / "postgres", mount / data.lstrip("/"))
         with contextlib.closing(self._connect(server, bench)) as connection:

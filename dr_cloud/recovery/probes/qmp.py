@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any, Final
 
-from dr_cloud.recovery.probes.errors import FailedError
+from dr_cloud.recovery.probes.errors import CannotRunError, FailedError
 
 _TIMEOUT_SECONDS: Final = 10.0
 _LINE_BYTES_MAX: Final = 1 << 20
@@ -25,7 +25,7 @@ class Qmp:
             self._lines.readline(_LINE_BYTES_MAX)  # the greeting
             self.do("qmp_capabilities")
         except OSError as error:
-            raise FailedError(f"QEMU cannot be controlled: {error}") from error
+            raise CannotRunError(f"QEMU cannot be controlled: {error}") from error
 
     def do(self, command: str, **arguments: Any) -> Any:
         """Give a command; return its answer."""
@@ -34,7 +34,7 @@ class Qmp:
             while line := self._lines.readline(_LINE_BYTES_MAX):
                 answer = json.loads(line)
                 if "error" in answer:
-                    raise FailedError(f"QEMU refuses {command}: {answer['error'].get('desc', '')}")
+                    raise CannotRunError(f"QEMU refuses {command}: {answer['error'].get('desc', '')}")
                 if "return" in answer:
                     return answer["return"]
         except (OSError, ValueError) as error:

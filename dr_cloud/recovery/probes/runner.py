@@ -98,7 +98,7 @@ class _Run:
         output = Output(spec.output_bytes_max)
         artefacts: list[Artefact] = []
         if self._stop.is_set():
-            verdict = Verdict(passed=False, reason="stopped before it began")
+            verdict = Verdict(passed=False, reason="stopped before it began", conclusive=False)
         else:
             folder, lock = _make_folder(self._work_dir)
             try:
@@ -112,6 +112,7 @@ class _Run:
             probe=spec.name,
             verdict="pass" if verdict.passed else "fail",
             reason=verdict.reason,
+            conclusive=verdict.conclusive,
             output=output.text(),
             output_cut=output.cut,
             started_ns=started_ns,

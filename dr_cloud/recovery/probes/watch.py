@@ -53,7 +53,8 @@ def watch(job: Mapping[str, Any], output: Output, stop: threading.Event) -> Verd
             # What was printed last is read too; the pipe has no writer any more.
             _listen(keeper.stdout, told, output, bytearray(), time.monotonic() + 1, threading.Event())
             reason = ended if ended == "stopped" else f"{ended} within {whole.spec.timeout_seconds:g} s"
-            return Verdict(passed=False, reason=reason if gone else f"{reason}; it could not be ended, it hangs in I/O")
+            reason = reason if gone else f"{reason}; it could not be ended, it hangs in I/O"
+            return Verdict(passed=False, reason=reason, conclusive=False)
         return _judge(bytes(answer), keeper.wait(_END_SECONDS))
 
 
@@ -116,9 +117,13 @@ def _judge(answer: bytes, code: int) -> Verdict:
         try:
             return Verdict.model_validate_json(answer)
         except ValidationError:
-            return Verdict(passed=False, reason="the probe crashed while it gave its verdict")
+            return _crashed("while it gave its verdict")
     number = code - 128 if code > 128 else -code
     if number > 0:
         with contextlib.suppress(ValueError):
-            return Verdict(passed=False, reason=f"the probe crashed: killed by {signal.Signals(number).name}")
-    return Verdict(passed=False, reason=f"the probe crashed: it ended without a verdict (exit code {code})")
+            return _crashed(f"killed by {signal.Signals(number).name}")
+    return _crashed(f"it ended without a verdict (exit code {code})")
+
+
+def _crashed(how: str) -> Verdict:
+    return Verdict(passed=False, reason=f"the probe crashed: {how}", conclusive=False)
