@@ -39,6 +39,9 @@ _OPERATE: Final = READ | {
     "test.start",
     "test.stop",
     "test.discard",
+    "drill.put",
+    "drill.remove",
+    "drill.run",
     "task.abort",
     "logs.collect",
     "logs.read",
@@ -89,6 +92,7 @@ ASKED: Final[dict[str, Action]] = {
     "logs.collect": Action.LOGS,
     "logs.read": Action.LOGS,
     "test.start": Action.TEST,
+    "drill.run": Action.TEST,
     "failover.start": Action.FAIL_OVER,
 } | dict.fromkeys(
     (
@@ -102,6 +106,8 @@ ASKED: Final[dict[str, Action]] = {
         "failover.rollback",
         "test.stop",
         "test.discard",
+        "drill.put",
+        "drill.remove",
         "task.abort",
         "site.update",
         "site.pair",

@@ -76,12 +76,13 @@ class Drill(Owned, Base):
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     settings: Mapped[Json]
     """`dr_cloud.model.recovery.DrillSettings`."""
-    created_by: Mapped[str]
-    place: Mapped[str] = mapped_column(default="")
-    """The jurisdiction of whoever made it: its tests are started as if from there; empty if that is not known."""
+    maker: Mapped[Json]
+    """`dr_cloud.model.principal.Principal` of whoever put it: its tests are started as if by them, from there."""
     next_ns: Mapped[int | None]
+    """When it is due; None while it is not enabled."""
     last_ns: Mapped[int | None]
     last_tests: Mapped[list[Any]] = mapped_column(default=list)
+    last_verdict: Mapped[str | None]
     problem: Mapped[str] = mapped_column(default="")
 
     __table_args__ = (

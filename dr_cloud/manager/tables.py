@@ -10,10 +10,10 @@ says is at most a few seconds old, and `reported_ns` tells how old.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import ForeignKeyConstraint, Index, String, and_, false
-from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
+from sqlalchemy import ForeignKeyConstraint, Index, String, and_, false, func, select
+from sqlalchemy.orm import Mapped, column_property, foreign, mapped_column, relationship
 
 from dr_cloud.manager.base import Base as Base
 from dr_cloud.manager.base import Json as Json
@@ -258,12 +258,29 @@ class Vpg(Owned, Base):
         viewonly=True,
     )
 
+    if TYPE_CHECKING:
+        last_passed_test_ns: Mapped[int | None]
+
     __table_args__ = (
         ForeignKeyConstraint(["enterprise"], ["enterprises.enterprise"], ondelete="CASCADE"),
         Index(None, "enterprise", "source_site"),
         Index(None, "enterprise", "status"),
         Index(None, "source_site", "source_host"),
     )
+
+
+Vpg.last_passed_test_ns = column_property(
+    select(func.max(RecoveryTest.started_ns))
+    .where(
+        RecoveryTest.enterprise == Vpg.enterprise,
+        RecoveryTest.vpg == Vpg.name,
+        RecoveryTest.kind == "test",
+        RecoveryTest.verdict == "pass",
+    )
+    .correlate_except(RecoveryTest)
+    .scalar_subquery(),
+    deferred=True,
+)
 
 
 class InsertedCheckpoint(Owned, Base):

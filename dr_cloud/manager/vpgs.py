@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import delete, func, select
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm import Session, selectinload, undefer
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.operations import Change, Operations, decided, missing
@@ -183,7 +183,8 @@ class Vpgs(Operations):
     ) -> Page[Vpg]:
         """List VPGs; None: of all enterprises that the caller may see."""
         table = tables.Vpg
-        wanted = select(table).options(selectinload(table.targets), selectinload(table.disks))
+        loads = (selectinload(table.targets), selectinload(table.disks), undefer(table.last_passed_test_ns))
+        wanted = select(table).options(*loads)
         if which.status is not None:
             wanted = wanted.where(table.status == which.status.value)
         if which.source_site is not None:

@@ -24,6 +24,7 @@ def vpg_view(row: tables.Vpg, now_ns: int, *, to_provider: bool) -> Vpg:
         paused=row.paused,
         problem=row.problem,
         created_ns=row.created_ns,
+        last_passed_test_ns=row.last_passed_test_ns,
         targets=[_target(target, settings, now_ns, to_provider) for target in row.targets],
         disks=[VpgDisk(server=d.server, name=d.name, index=d.index, size_bytes=d.size_bytes) for d in row.disks],
     )

@@ -229,6 +229,8 @@ class Vpg(_View):
     problem: str
     """What is missing or wrong, in words; empty if nothing is."""
     created_ns: int
+    last_passed_test_ns: int | None
+    """When the newest recovery test began that has passed and is not discarded; None: there is none."""
     targets: list[VpgTarget]
     disks: list[VpgDisk]
 

@@ -99,6 +99,11 @@ class DataCenterConfig(_Config):
     """Where the keys are held that open what lies here; None: in the data center's own jurisdiction."""
     idle_stacks: int | None = Field(default=None, ge=0)
     """Stack actors kept ready here; None is what the provider says for all."""
+    stacks: str = ""
+    """Host name or IP address on which the disks of remote tests are served over TLS; empty: there are no remote ones.
+
+    Every node of the data center on which stacks run must have it as its own.
+    """
 
     @model_validator(mode="after")
     def _refers_to_itself(self) -> DataCenterConfig:
@@ -150,6 +155,8 @@ class ProviderConfig(_Config):
     """`local` starts Ray here; else the address of a running cluster."""
     idle_stacks: int = Field(default=2, ge=0)
     """Stack actors kept ready in each data center that does not say otherwise."""
+    untested_days: int = Field(default=30, ge=0)
+    """After how many days without a passed recovery test there is an alert about a VPG; 0: never."""
     operators: Jurisdiction | None = None
     """Where the first administrator sits; None: not told, and then no enterprise's data may be touched by it."""
     rights: RightsConfig = RightsConfig()

@@ -211,6 +211,40 @@ class Drill(_View):
     last_ns: int | None = None
     last_tests: list[str] = []
     last_verdict: Verdict | None = None
-    """None before it has ended."""
+    """None before it has ended; pass only if all of its tests passed."""
     problem: str = ""
     """Why its last run could not begin; empty if it could."""
+    resting: bool = False
+    """Whether the VPG is in a status in which no test can begin: due times pass by, and that is no problem."""
+
+
+class ReportKey(_View):
+    """The key by which a provider's reports of tests are signed: its public half."""
+
+    id: str
+    """SHA-256 of the 32 bytes of the key, hexadecimal: reports name it."""
+    public: str
+    """PEM."""
+
+
+ReportFormat = Literal["json", "html"]
+
+
+class ReportQuery(_Request):
+    """Of which recovery tests a report is wanted: those for which all that is given is true."""
+
+    test: list[Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")]] = Field(default=[], max_length=TEST_TIMES_MAX)
+    """Ids."""
+    task: Annotated[str, Field(pattern="^[0-9A-Za-z_-]{1,64}$")] | None = None
+    """The task that started them."""
+    vpg: Name | None = None
+    drill: Name | None = None
+    """The last run of this drill of the VPG."""
+
+    @model_validator(mode="after")
+    def _names_something(self) -> ReportQuery:
+        if not (self.test or self.task or self.vpg):
+            raise ValueError("name tests, a task or a VPG")
+        if self.drill is not None and self.vpg is None:
+            raise ValueError("name the VPG of the drill")
+        return self

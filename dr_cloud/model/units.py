@@ -1,4 +1,4 @@
-"""Times and sizes as people write them: RFC 3339 to the nanosecond, sizes in KiB, MiB, GiB, TiB."""
+"""Times, durations and sizes as people write them: RFC 3339 to the nanosecond; 30s, 2h; KiB, MiB, GiB, TiB."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ TIME_NS_MAX: Final = (1 << 63) - 1
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)")
 _SIZE = re.compile(r"(\d+)\s*(|B|KiB|MiB|GiB|TiB)")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)|0")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
@@ -34,6 +36,14 @@ def format_time(time_ns: int) -> str:
     """Return `time_ns` as RFC 3339 in UTC with nine digits of fraction."""
     seconds, fraction = divmod(time_ns, SECOND_NS)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds for `30s`, `10m`, `2h`, `1d`, `4w`, `0.5s`; and for `0`."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise DrCloudError(f"{text!r} is not a duration", "Write a number with s, m, h, d or w, like 10m.")
+    return float(match[1]) * _SECONDS[match[2]] if match[1] else 0.0
 
 
 def parse_size(text: str) -> int:

@@ -13,7 +13,9 @@ class _View(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-AlertKind = Literal["lag", "history", "history-critical", "link", "vdsa", "checkpoint", "replication", "rights"]
+AlertKind = Literal[
+    "lag", "history", "history-critical", "link", "vdsa", "checkpoint", "replication", "rights", "drill", "untested"
+]
 
 
 class Alert(_View):
