@@ -18,7 +18,7 @@ from dr_cloud.demo.probe import Finding, probe
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.recovery import RecoveryTest, StopTest, TestsRequest, Verdict
 from dr_cloud.nbd.client import NbdClient
-from dr_cloud.recovery.search import CleanSearch
+from dr_cloud.recovery.search import CleanSearch, Known
 
 _PIECE_BYTES = 4 << 20
 
@@ -102,14 +102,17 @@ class Recovery:
         target = self.enterprise.data_centers[0].name
         writes = self._client.writes(VPG, target, clean_ns + 1, dirty_ns)
         times = [clean_ns, *(write.time_ns for write in writes)]
-        search = CleanSearch(len(times))
+        search = CleanSearch(candidates=len(times))
+        search.learn([_known(times, 0, True), _known(times, len(times) - 1, False)])
         while not search.done:
             candidates = search.next_candidates(parallel)
             round_tests = self.test([times[candidate] for candidate in candidates], compare_blocks=False)
             verdicts = [test.finding.passed for test in round_tests]
-            search.answer(dict(zip(candidates, verdicts, strict=True)))
+            search.answer([_known(times, *answer) for answer in zip(candidates, verdicts, strict=True)])
             told(search, verdicts)
-        return times[search.clean], times[search.dirty], search
+        (edge, *_) = search.edges
+        assert edge.clean is not None and edge.dirty is not None, "both ends are known"
+        return edge.clean.time_ns, edge.dirty.time_ns, search
 
     def hash_images(self, at_ns: int) -> list[str]:
         """Return the hash of each target's image at a time, read through stacks of their own."""
@@ -144,3 +147,7 @@ def _uri(test: RecoveryTest) -> str:
 def _time(test: RecoveryTest) -> int:
     assert test.at_ns is not None, "it runs"
     return test.at_ns
+
+
+def _known(times_ns: list[int], candidate: int, clean: bool) -> Known:
+    return Known(first=candidate, last=candidate, time_ns=times_ns[candidate], clean=clean)

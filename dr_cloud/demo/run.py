@@ -131,8 +131,7 @@ class DemoRun:
     def show_round(self, search: CleanSearch, verdicts: list[bool]) -> None:
         """Show one round of the search."""
         marks = "".join("[green]●[/]" if passed else "[red]●[/]" for passed in verdicts)
-        left = search.dirty - search.clean - 1
-        self.console.print(f"  round {search.rounds}: {marks}  [dim]{left} writes left to look at[/]")
+        self.console.print(f"  round {search.rounds}: {marks}  [dim]{search.left} writes left to look at[/]")
 
     def line(self, good: bool, text: str) -> bool:
         """Show whether something is as it must be."""

@@ -158,29 +158,53 @@ class CleanEdge(_View):
 
     clean_ns: int
     dirty_ns: int
+    reason: str
+    """Of the probe that failed at `dirty_ns`."""
+
+
+class CleanRound(_View):
+    """One round of a search, and what was known after it."""
+
+    tests: int
+    silent: int
+    """How many of them ended without saying whether their time is clean."""
+    clean_ns: int | None
+    dirty_ns: int | None
+    left: int
+    """How many times there are still to choose between."""
+
+
+class CleanCheckpoint(_View):
+    """A tagged checkpoint near the last clean time."""
+
+    number: int
+    time_ns: int
+    tag: str
 
 
 class CleanPoint(_View):
-    """What a search for the last clean point has found: the result of its task."""
+    """What a search for the last clean point has found so far, or in the end: the result of its task."""
 
     target: str
     clean_ns: int | None
-    """The last clean time; None: not even the first was."""
+    """The last clean time before the first dirty one; None: none is known."""
     dirty_ns: int | None
-    """The first dirty time after it; None: the last was clean too."""
+    """The first dirty time; None: none is known."""
     reason: str = ""
     """Of the probe that failed at `dirty_ns`."""
     writes: int
-    """Between which it chose."""
-    rounds: int
-    tests: int
-    """That were run; times whose verdict was known are not tested again."""
+    """Changed blocks between which it chooses: those written after the first time, up to the last."""
+    known: int
+    """Times whose verdict was known before from other tests."""
+    rounds: list[CleanRound]
     monotone: bool
     """False: after a dirty time a clean one was seen."""
     edges: list[CleanEdge]
-    """Every clean→dirty edge that was seen, ascending; the last one is the answer's where it is monotone."""
-    checkpoints: list[int]
-    """Numbers of the tagged checkpoints nearest before and after `clean_ns`, at most three on each side."""
+    """Every clean→dirty edge that was seen, ascending. The first is the answer: nothing dirty is known before it."""
+    checkpoints: list[CleanCheckpoint] = []
+    """Tagged, nearest before and after `clean_ns`, at most three on each side; once it is found."""
+    problem: str = ""
+    """Why an edge is wider than was asked for; empty where none is."""
 
 
 class DrillSettings(_Request):
