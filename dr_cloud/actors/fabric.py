@@ -27,11 +27,13 @@ from dr_cloud.actors.settings import ProviderSettings
 from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.actors.vdsa import Vdsa
 from dr_cloud.manager.cloud import SYSTEM, Cloud
-from dr_cloud.manager.fabric import ServedStack
+from dr_cloud.manager.fabric import ProbeProgress, ServedStack
 from dr_cloud.model.cloud import PAGE_LIMIT_MAX, LogRequest, PageRequest, Route
-from dr_cloud.model.errors import DrCloudError, NotFoundError, UnavailableError
+from dr_cloud.model.errors import DrCloudError, InvalidError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan, PlacedImage, PlacedWrite, Write
+from dr_cloud.model.probe import ProbeSpec
+from dr_cloud.model.recovery import TestCredential
 from dr_cloud.model.replication import LogRequest as SiteLogRequest
 from dr_cloud.model.replication import TargetOrders
 from dr_cloud.model.rights import Action
@@ -261,7 +263,7 @@ class RayFabric:
     # Stacks.
 
     def open_stacks(
-        self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None
+        self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None, remote: bool = False
     ) -> Mapping[str, ServedStack | DrCloudError]:
         """Open a stack at each time, in parallel, in the data center of the scope."""
         vdsa, pool, enterprise = self._vdsa_of(route), self._pools[route.site], route.scope.enterprise
@@ -269,6 +271,10 @@ class RayFabric:
         found: dict[str, ServedStack | DrCloudError] = {
             test: _served(self._stacks[test][0]) for test in times_ns if test in self._stacks
         }
+        center = self._settings.config.data_center(route.site)
+        host = center.stacks if center is not None and remote else ""
+        if remote and not host:
+            return found | dict.fromkeys(wanted, _not_remote(route.site))
         labels = self._placing.for_data(Action.TEST, enterprise, route.site) if wanted else {}
         plans: list[ImagePlan | DrCloudError] = ask_again(
             lambda: vdsa.plans_or_errors.remote(_orders(route), list(wanted.values())), "the VDSA", PLAN_SECONDS
@@ -278,11 +284,12 @@ class RayFabric:
             if isinstance(plan, DrCloudError):
                 found[test] = plan
             else:
+                arguments = (test, plan, route.store, quota_bytes, None, host)
                 actor = pool.take(enterprise, labels)
-                opening[test] = (plan, actor, actor.open.remote(test, plan, route.store, quota_bytes))
-        for test, (plan, actor, reference) in opening.items():
+                opening[test] = (arguments, actor, actor.open.remote(*arguments))
+        for test, (arguments, actor, reference) in opening.items():
             try:
-                opened, actor = self._opened(pool, labels, actor, reference, (test, plan, route.store, quota_bytes))
+                opened, actor = self._opened(pool, labels, actor, reference, arguments)
             except DrCloudError as error:
                 found[test] = error
             else:
@@ -294,7 +301,7 @@ class RayFabric:
 
     @staticmethod
     def _opened(
-        pool: StackPool, labels: Labels, actor: Any, reference: Any, wanted: tuple[str, ImagePlan, str, int | None]
+        pool: StackPool, labels: Labels, actor: Any, reference: Any, wanted: tuple[Any, ...]
     ) -> tuple[OpenedStack, Any]:
         """Wait until a stack serves. One that died while it was idle costs no test: a new one takes its place."""
         try:
@@ -309,36 +316,59 @@ class RayFabric:
             pool.end(actor)
             raise
 
-    def stack_statistics(self, stack: str) -> StackStatistics | None:
-        """Return the counters of an open stack; None if there is no such stack (any more)."""
-        with self._lock:
-            entry = self._stacks.get(stack)
-        if entry is None:
-            return None
-        try:
-            statistics: StackStatistics = ask(entry[1].statistics.remote(), "the stack", UNHEARD_SECONDS)
-        except DrCloudError as error:
-            if not isinstance(error.__cause__, ray.exceptions.RayActorError):
-                raise
-            with self._lock:
-                self._stacks.pop(stack, None)
-            return None
-        return statistics
-
-    def pause_stack(self, stack: str, reason: str) -> None:
-        """Have an open stack answer every request with EPERM; one that is gone is left alone."""
-        self._tell_stack(stack, "pause", reason)
-
-    def resume_stack(self, stack: str) -> None:
-        """Have a paused stack go on as before; one that is gone is left alone."""
-        self._tell_stack(stack, "resume")
-
-    def _tell_stack(self, stack: str, method: str, *arguments: str) -> None:
+    def _ask_stack(self, stack: str, method: str, *arguments: Any) -> Any:
+        """Have an open stack do something. Raises `NotFoundError` if there is no such stack (any more)."""
         with self._lock:
             entry = self._stacks.get(stack)
         if entry is not None:
-            with contextlib.suppress(NotFoundError):
-                ask(getattr(entry[1], method).remote(*arguments), "the stack", UNHEARD_SECONDS)
+            try:
+                return ask(getattr(entry[1], method).remote(*arguments), "the stack", UNHEARD_SECONDS)
+            except UnavailableError as error:
+                if not isinstance(error.__cause__, ray.exceptions.RayActorError):
+                    raise
+                with self._lock:
+                    self._stacks.pop(stack, None)
+        raise NotFoundError(f"there is no stack {stack}", "Its test has ended.")
+
+    def stack_statistics(self, stack: str) -> StackStatistics | None:
+        """Return the counters of an open stack; None if there is no such stack (any more)."""
+        statistics: StackStatistics | None = None
+        with contextlib.suppress(NotFoundError):
+            statistics = self._ask_stack(stack, "statistics")
+        return statistics
+
+    def stacks(self) -> Mapping[str, str]:
+        """Return the stacks that are open as far as this process knows: by the stack's id, whose it is."""
+        with self._lock:
+            return {stack: opened.enterprise for stack, (opened, _, _) in self._stacks.items()}
+
+    def credential(self, stack: str) -> TestCredential | None:
+        """Return what opens the disks of a stack that is served remotely; None if it is gone, or is not."""
+        credential: TestCredential | None = None
+        with contextlib.suppress(NotFoundError):
+            credential = self._ask_stack(stack, "credential", stack)
+        return credential
+
+    def start_probes(self, route: Route, stack: str, probes: Sequence[ProbeSpec]) -> None:
+        """Begin to run probes on an open stack, where it is; asked again, nothing happens."""
+        self._ask_stack(stack, "start_probes", stack, probes)
+
+    def probe_progress(self, stack: str) -> ProbeProgress | None:
+        """Return how the probes of a stack go; None if there is no such stack (any more)."""
+        progress: ProbeProgress | None = None
+        with contextlib.suppress(NotFoundError):
+            progress = self._ask_stack(stack, "probe_progress", stack)
+        return progress
+
+    def pause_stack(self, stack: str, reason: str) -> None:
+        """Have an open stack answer every request with EPERM; one that is gone is left alone."""
+        with contextlib.suppress(NotFoundError):
+            self._ask_stack(stack, "pause", reason)
+
+    def resume_stack(self, stack: str) -> None:
+        """Have a paused stack go on as before; one that is gone is left alone."""
+        with contextlib.suppress(NotFoundError):
+            self._ask_stack(stack, "resume")
 
     def close_stack(self, stack: str) -> StackStatistics | None:
         """End a stack; return its last counters, None if it was gone already."""
@@ -354,6 +384,17 @@ class RayFabric:
             return None
         pool.give_back(opened.enterprise, actor)
         return statistics
+
+    def artefact(self, route: Route, stack: str, path: str) -> bytes:
+        """Return a file that a probe of this stack left. Raises `NotFoundError`."""
+        vdsa = self._vdsa_of(route)
+        content: bytes = ask_again(lambda: vdsa.artefact.remote(_orders(route), stack, path), "the VDSA", PLAN_SECONDS)
+        return content
+
+    def forget_artefacts(self, route: Route, stacks: Sequence[str]) -> None:
+        """Remove what the probes of these stacks left."""
+        vdsa = self._vdsa_of(route)
+        ask_again(lambda: vdsa.forget_artefacts.remote(_orders(route), list(stacks)), "the VDSA", PLAN_SECONDS)
 
     # Logs.
 
@@ -381,6 +422,13 @@ class RayFabric:
 
 def _orders(route: Route) -> TargetOrders:
     return TargetOrders(scope=Scope(*route.scope), store=route.store, grant=route.grant)
+
+
+def _not_remote(data_center: str) -> DrCloudError:
+    return InvalidError(
+        f"data center {data_center} serves no disks to other machines",
+        "Test without it, or have the provider name a host for `stacks` in that data center's configuration.",
+    )
 
 
 def _served(opened: OpenedStack) -> ServedStack:

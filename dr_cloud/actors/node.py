@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from dr_cloud.store.open import open_store
 from dr_cloud.store.store import Store
@@ -32,6 +32,13 @@ class NodeSettings(BaseModel):
     run_dir: Path
     """Unix sockets."""
     cache_limit_bytes: int = 4 << 30
+    probes_at_once: int | None = Field(default=None, ge=1)
+    """Of all tests on the node; None is one for each of its processors."""
+
+    @property
+    def probes_dir(self) -> Path:
+        """What probes work with, while they run."""
+        return self.work_dir / "probes"
 
     def make_folders(self) -> None:
         """Make what is not there yet; none but the owner may look into them."""

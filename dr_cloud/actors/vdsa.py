@@ -48,6 +48,7 @@ from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan, PlacedImage, PlacedWrite, Write
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, TargetOrders
+from dr_cloud.recovery.artefacts import forget_artefacts, read_artefact
 from dr_cloud.rights.grant import verify
 from dr_cloud.seal.identity import replace_file
 from dr_cloud.seal.keyring import Keyring
@@ -340,6 +341,24 @@ class Vdsa:
         generations = catalogue.newest.generations if catalogue.newest is not None else []
         keys = self._keyring.vpg_keys(scope)
         return catalogue, JournalReader(self._stores.at(target.store), keys, scope, generations)
+
+    def artefact(self, target: TargetOrders, test: str, path: str) -> bytes:
+        """Return a file that a probe of a test left. Raises `NotFoundError`."""
+        keys = self._keyring.vpg_keys(target.scope)
+        return read_artefact(self._granted_store(target), keys, test, path)
+
+    def forget_artefacts(self, target: TargetOrders, tests: Sequence[str]) -> None:
+        """Delete what the probes of these tests left."""
+        forget_artefacts(self._granted_store(target), target.scope, tests)
+
+    def _granted_store(self, target: TargetOrders) -> Store:
+        """Return the store of a scope to a thread of Ray's. Raises `ForbiddenError` without a grant that holds."""
+        self.admit([target])
+
+        async def granted() -> Store:
+            return self._store(target.scope)
+
+        return self._loop.call(granted())
 
     def stop(self) -> None:
         """Finish what is under way and close; the actor is of no use afterwards."""

@@ -108,6 +108,17 @@ class Authority:
             replace_file(public, authority.certificate, 0o644)
         return authority
 
+    @classmethod
+    def passing(cls, name: str, life: timedelta, clock_ns: Callable[[], int] = time.time_ns) -> Authority:
+        """Make an authority that lies in this process's memory alone: for what ends with it, such as one test's TLS.
+
+        Args:
+            name: Stands for the provider's, in its certificate and in those that it issues.
+            life: How long it is valid.
+            clock_ns: The time.
+        """
+        return cls(check_name(name, "authority"), *_self_signed(name, clock_ns, life), clock_ns)
+
     def issue_site(self, csr: str, enterprise: str, site: str, life: timedelta = SITE_LIFE) -> Issued:
         """Return a certificate with which a site can dial. Raises `DrCloudError` if the request is bad."""
         return self._issue(_public_key(csr), Peer.of_site(self.provider, enterprise, site), (), life)
@@ -154,17 +165,7 @@ class Authority:
 
 
 def _create(path: Path, provider: str, clock_ns: Callable[[], int]) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    certificate = (
-        _begun(clock_ns, CA_LIFE, _new_serial())
-        .subject_name(_ca_name(provider))
-        .issuer_name(_ca_name(provider))
-        .public_key(key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(ca=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
+    key, certificate = _self_signed(provider, clock_ns, CA_LIFE)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fresh = path.with_name(f"authority.{secrets.token_hex(8)}.new")
     try:
@@ -173,6 +174,23 @@ def _create(path: Path, provider: str, clock_ns: Callable[[], int]) -> None:
             os.link(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _self_signed(
+    provider: str, clock_ns: Callable[[], int], life: timedelta
+) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = (
+        _begun(clock_ns, life, _new_serial())
+        .subject_name(_ca_name(provider))
+        .issuer_name(_ca_name(provider))
+        .public_key(key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(ca=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return key, certificate
 
 
 def _begun(clock_ns: Callable[[], int], life: timedelta, serial: int) -> x509.CertificateBuilder:

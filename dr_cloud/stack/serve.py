@@ -1,16 +1,22 @@
-"""A stack behind an NBD server, on the event loop that calls: the shell around the stack's pure core."""
+"""A stack behind NBD servers, on the event loop that calls: the shell around the stack's pure core.
+
+A unix socket serves this node; TCP with TLS, where it is wanted, serves others. Both serve the same exports on one
+loop: a write is seen by every connection, of either, as soon as it is answered, and so a flush of one client holds for
+all of them. That is what the exports' multi-conn flag promises.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ssl
+from collections.abc import Sequence
 from typing import Final
 
 import structlog
 
 from dr_cloud.nbd.server import NbdServer
-from dr_cloud.nbd.table import Allow, ExportTable
+from dr_cloud.nbd.table import ExportTable
 from dr_cloud.stack.cache import ObjectCache
 from dr_cloud.stack.stack import Stack
 
@@ -22,17 +28,17 @@ TIDY_SECONDS: Final = 30.0
 class StackServer:
     """Serves one stack until closed, and keeps its cache tidy meanwhile."""
 
-    def __init__(self, stack: Stack, cache: ObjectCache, server: NbdServer) -> None:
+    def __init__(self, stack: Stack, cache: ObjectCache, servers: Sequence[NbdServer]) -> None:
         """Use `serve_stack`."""
         self.stack = stack
-        self.server = server
+        self.servers = servers
         self._tidying = asyncio.create_task(_keep_tidy(cache), name="stack-tidy")
 
     @property
     def uris(self) -> dict[str, list[str]]:
-        """The NBD URIs of each disk, by the disk's name."""
+        """The NBD URIs of each disk, by the disk's name: the unix socket first, then TCP if it is served there."""
         return {
-            disk.name: self.server.uris(export.name)
+            disk.name: [uri for server in self.servers for uri in server.uris(export.name)]
             for disk, export in zip(self.stack.plan.disks, self.stack.exports, strict=True)
         }
 
@@ -41,40 +47,42 @@ class StackServer:
         self._tidying.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._tidying
-        await self.server.close(grace_seconds)
+        await asyncio.gather(*(server.close(grace_seconds) for server in self.servers))
         self.stack.close()
 
 
 async def serve_stack(
-    stack: Stack,
-    cache: ObjectCache,
-    *,
-    unix_path: str | None = None,
-    host: str | None = None,
-    port: int = 0,
-    tls: ssl.SSLContext | None = None,
-    allow: Allow | None = None,
+    stack: Stack, cache: ObjectCache, *, unix_path: str, host: str = "", tls: ssl.SSLContext | None = None
 ) -> StackServer:
-    """Serve the disks of `stack` on a unix socket, on TCP, or both.
+    """Serve the disks of `stack` on a unix socket, and, with a host, on a free TCP port over TLS alone.
 
     Args:
         stack: What to serve.
         cache: The cache that it was opened with.
         unix_path: Path of the socket.
-        host: Address to listen on; None for no TCP.
-        port: TCP port; 0 takes a free one.
-        tls: The server's certificate; with one, TLS is required.
-        allow: Which peers may see which export; None for all.
+        host: Name or address to listen on; empty for no TCP.
+        tls: The server's certificate, and which clients it takes; needed with `host`.
 
     Raises:
-        DrCloudError: The path or the port is in use.
+        DrCloudError: The path is in use, or the host is not this machine's.
+        ValueError: A host without a certificate.
     """
-    table = ExportTable(allow)
+    if host and tls is None:
+        raise ValueError(f"a stack is not served on {host} in the clear: give tls=")
+    table = ExportTable()
     for export in stack.exports:
         table.add(export)
-    server = NbdServer(table, tls=tls)
-    await server.start(unix_path=unix_path, host=host, port=port)
-    return StackServer(stack, cache, server)
+    local = NbdServer(table)
+    await local.start(unix_path=unix_path)
+    if not host:
+        return StackServer(stack, cache, [local])
+    remote = NbdServer(table, tls=tls)
+    try:
+        await remote.start(host=host)
+    except BaseException:
+        await local.close(0)
+        raise
+    return StackServer(stack, cache, [local, remote])
 
 
 async def _keep_tidy(cache: ObjectCache) -> None:

@@ -6,10 +6,12 @@ All keys of a scope begin with `<enterprise>/<vpg>/<target>/`. Numbers have ten 
     journal/<generation>-<number>.jrn   a journal object       acme/erp/dc1/journal/0000000003-0000000042.jrn
     replica/<number>-<generation>.map   a keyframe             acme/erp/dc1/replica/0000000128-0000000003.map
     checkpoints/<number>.ckpt           a checkpoint           acme/erp/dc1/checkpoints/0000000128.ckpt
+    artefacts/<test>/<digest>           a probe's artefact     acme/erp/dc1/artefacts/3f0c5a…/9b74c9897bac770ffc02…
 
 `<generation>` counts the writers of the scope from 1. `<number>` of a journal object counts objects, of a keyframe and
 a checkpoint it counts checkpoints. A checkpoint's key has no generation on purpose: two writers that both believe
-they own the journal meet at the same key, and the store lets one of them pass.
+they own the journal meet at the same key, and the store lets one of them pass. `<test>` is a recovery test's id,
+`<digest>` the enterprise's keyed digest of the artefact's path, for file names are whatever a program called them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import re
 from typing import Final
 
 from dr_cloud.model.errors import DamagedError
-from dr_cloud.model.ids import Scope
+from dr_cloud.model.ids import Scope, check_name
 
 NUMBER_MAX: Final = 10**10 - 1
 
@@ -88,6 +90,16 @@ def checkpoint_key(scope: Scope, number: int) -> str:
 def parse_checkpoint_key(key: str) -> int:
     """Return the number of a checkpoint."""
     return _parse(_CHECKPOINT, key)[0]
+
+
+def artefact_prefix(scope: Scope, test: str) -> str:
+    """Return the folder of the artefacts of a recovery test. Raises `DrCloudError` for what is no test's id."""
+    return f"{scope.prefix}/artefacts/{check_name(test, 'test')}/"
+
+
+def artefact_key(scope: Scope, test: str, digest: bytes) -> str:
+    """Return the key of the artefact whose path has this keyed digest."""
+    return f"{artefact_prefix(scope, test)}{digest.hex()}"
 
 
 def _digits(number: int) -> str:

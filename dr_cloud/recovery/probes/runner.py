@@ -15,23 +15,21 @@ Retries: none. Two runs may share a `work_dir` if their probes have different na
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import fnmatch
 import hashlib
 import os
 import shutil
 import stat
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from dr_cloud.model.errors import InvalidError
 from dr_cloud.model.probe import Artefact, ProbeLimits, ProbeResult, ProbeSpec
 from dr_cloud.nbd.uri import parse_uri
+from dr_cloud.recovery.probes.folders import make_folder, sweep
 from dr_cloud.recovery.probes.inside import Verdict
 from dr_cloud.recovery.probes.output import Output
 from dr_cloud.recovery.probes.probe import make_probe
@@ -40,6 +38,44 @@ from dr_cloud.recovery.probes.watch import watch
 
 _PREFIX: Final = ".probe-"
 _ARTEFACTS_MAX: Final = 100
+
+
+class ChosenProbe(NamedTuple):
+    """A probe that is known here, with a name of its own, and the disks that it names."""
+
+    spec: ProbeSpec
+    disks: dict[str, str]
+    """Name → NBD address."""
+
+
+def choose_probes(specs: Sequence[ProbeSpec], disks: Mapping[str, str]) -> list[ChosenProbe]:
+    """Return what is to be run on which disks, in the order given; nothing has run yet.
+
+    Args:
+        specs: What to run.
+        disks: The stack's disks: name → NBD address.
+
+    Raises:
+        InvalidError: A probe is not known, its parameters are wrong, it names no disk, or this process is not root.
+    """
+    for name, uri in disks.items():
+        try:
+            parse_uri(uri)
+        except ValueError as error:
+            raise InvalidError(f"disk {name}: {error}") from None
+    chosen = []
+    for spec in with_names(specs):
+        make_probe(spec)
+        matching = {name: uri for name, uri in sorted(disks.items()) if fnmatch.fnmatchcase(name, spec.disk)}
+        if not matching:
+            raise InvalidError(
+                f"probe {spec.name!r} names disk {spec.disk!r}, which is not here",
+                f"There are: {', '.join(sorted(disks)) or 'none'}.",
+            )
+        chosen.append(ChosenProbe(spec, matching))
+    if os.geteuid() != 0:
+        raise InvalidError("probes need root, for namespaces and mounts", "Run this as root.")
+    return chosen
 
 
 def run_probes(
@@ -59,50 +95,35 @@ def run_probes(
         stop: Once it is set, the probe that runs is ended, and those left fail with that reason.
 
     Raises:
-        InvalidError: A probe is not known, its parameters are wrong, or it names no disk; nothing has run.
+        InvalidError: As `choose_probes`; nothing has run.
     """
-    for name, uri in disks.items():
-        try:
-            parse_uri(uri)
-        except ValueError as error:
-            raise InvalidError(f"disk {name}: {error}") from None
-    named = with_names(specs)
-    chosen = []
-    for spec in named:
-        make_probe(spec)
-        matching = {name: uri for name, uri in sorted(disks.items()) if fnmatch.fnmatchcase(name, spec.disk)}
-        if not matching:
-            raise InvalidError(
-                f"probe {spec.name!r} names disk {spec.disk!r}, which is not here",
-                f"There are: {', '.join(sorted(disks)) or 'none'}.",
-            )
-        chosen.append(matching)
-    if os.geteuid() != 0:
-        raise InvalidError("probes need root, for namespaces and mounts", "Run this as root.")
-    _sweep(work_dir)
-    run = _Run(work_dir, limits or ProbeLimits(), stop or threading.Event())
-    return [run.probe(spec, matching) for spec, matching in zip(named, chosen, strict=True)]
+    chosen = choose_probes(specs, disks)
+    sweep(work_dir, _PREFIX)
+    runner = ProbeRunner(work_dir, limits or ProbeLimits(), stop or threading.Event())
+    return [runner.run(probe) for probe in chosen]
 
 
-class _Run:
-    """One call of `run_probes`."""
+class ProbeRunner:
+    """Runs probes one at a time, for who wants each result as soon as it is there."""
 
     def __init__(self, work_dir: Path, limits: ProbeLimits, stop: threading.Event) -> None:
+        """Take what `run_probes` describes."""
         self._work_dir = work_dir
         self._limits = limits
         self._stop = stop
 
-    def probe(self, spec: ProbeSpec, disks: Mapping[str, str]) -> ProbeResult:
-        """Run one probe."""
+    def run(self, probe: ChosenProbe) -> ProbeResult:
+        """Run one probe; when this returns, nothing of it is left but its artefacts."""
+        spec = probe.spec
         started_ns, start = time.time_ns(), time.monotonic()
         output = Output(spec.output_bytes_max)
         artefacts: list[Artefact] = []
         if self._stop.is_set():
             verdict = Verdict(passed=False, reason="stopped before it began", conclusive=False)
         else:
-            folder, lock = _make_folder(self._work_dir)
+            folder, lock = make_folder(self._work_dir, _PREFIX)
             try:
-                job = {"spec": spec, "disks": disks, "limits": self._limits, "folder": folder}
+                job = {"spec": spec, "disks": probe.disks, "limits": self._limits, "folder": folder}
                 verdict = watch(job, output, self._stop)
                 artefacts = _keep(folder / "artefacts", self._work_dir / spec.name)
             finally:
@@ -126,7 +147,7 @@ def _keep(made: Path, place: Path) -> list[Artefact]:
     kept = []
     for path in sorted(made.iterdir())[:_ARTEFACTS_MAX] if made.is_dir() else []:
         info = path.lstat()
-        if stat.S_ISREG(info.st_mode) and info.st_nlink == 1:
+        if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and path.name.isprintable():
             place.mkdir(exist_ok=True)
             target = place / path.name
             os.replace(path, target)
@@ -136,36 +157,3 @@ def _keep(made: Path, place: Path) -> list[Artefact]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             kept.append(Artefact(path=f"{place.name}/{path.name}", size_bytes=info.st_size, sha256=digest))
     return kept
-
-
-@contextlib.contextmanager
-def _held(work_dir: Path) -> Iterator[None]:
-    """Hold the folder of folders, so that none is taken for a dead one's between its making and its lock."""
-    lock = os.open(work_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _make_folder(work_dir: Path) -> tuple[Path, int]:
-    """Return a new folder and the open lock that says that it is in use."""
-    with _held(work_dir):
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=work_dir.absolute()))
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return folder, lock
-
-
-def _sweep(work_dir: Path) -> None:
-    """Remove what a run that was killed has left: a folder that nobody holds."""
-    with _held(work_dir):
-        for folder in work_dir.glob(f"{_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                lock = os.open(folder, os.O_RDONLY)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(lock)
