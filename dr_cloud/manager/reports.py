@@ -74,7 +74,8 @@ class Reports(Operations):
         with self._read(who, "task.read", None) as session:
             found = _task(session, task)
         with self._change(who, "task.abort", found.enterprise, f"task {task}") as change:
-            row = change.session.get_one(tables.Task, (found.enterprise, task))
+            # Locked: else the time that a step sets just now would stay, unseen here.
+            row = change.session.get_one(tables.Task, (found.enterprise, task), with_for_update=True)
             if row.ended_ns is not None:
                 raise ConflictError("the task has ended already", "Nothing is left to abort.")
             if not self._context.tasks.can_abort(row.type):
