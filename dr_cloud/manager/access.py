@@ -39,6 +39,7 @@ _OPERATE: Final = READ | {
     "test.start",
     "test.stop",
     "test.discard",
+    "clean.find",
     "drill.put",
     "drill.remove",
     "drill.run",
@@ -92,6 +93,7 @@ ASKED: Final[dict[str, Action]] = {
     "logs.collect": Action.LOGS,
     "logs.read": Action.LOGS,
     "test.start": Action.TEST,
+    "clean.find": Action.TEST,
     "drill.run": Action.TEST,
     "failover.start": Action.FAIL_OVER,
 } | dict.fromkeys(

@@ -41,6 +41,8 @@ class Later:
 
     seconds: float = 0.25
     progress: float | None = None
+    result: dict[str, Any] | None = None
+    """What it has found so far, if that is of use already; kept if the task does not end well."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,8 @@ class Tasks:
                     stored.due_ns = self._clock_ns() + int(later.seconds * SECOND_NS)
                 if later.progress is not None:
                     stored.progress = later.progress
+                if later.result is not None:
+                    stored.result = later.result
 
     def _finish(
         self,
@@ -289,7 +293,8 @@ class Tasks:
         row.completion = completion.value
         row.exception = exception
         row.remedy = remedy
-        row.result = result
+        if result is not None:
+            row.result = result
         row.ended_ns = self._clock_ns()
         if completion is CompletionCode.SUCCESS:
             row.progress = 1.0
