@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Mapping
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, joinedload
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.dispatch import Way
@@ -193,7 +193,7 @@ class Checkpoints(Watch):
 
 
 def _row(session: Session, enterprise: str, vpg: str) -> tables.Vpg:
-    row = session.get(tables.Vpg, (enterprise, vpg))
+    row = session.get(tables.Vpg, (enterprise, vpg), options=[joinedload(tables.Vpg.targets)])
     if row is None:
         raise missing("VPG", vpg)
     return row

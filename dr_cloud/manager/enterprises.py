@@ -13,14 +13,14 @@ import secrets
 import uuid
 from typing import Final
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import bindparam, delete, select, update
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.access import OF_ENTERPRISE, OF_PROVIDER, no_enterprise
 from dr_cloud.manager.operations import Operations, missing
 from dr_cloud.manager.paging import paged
 from dr_cloud.manager.registry import RESERVED_NAMES
-from dr_cloud.manager.tenancy import EVERYONE, PROVIDER
+from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, plain
 from dr_cloud.model.cloud import Enterprise, EnterpriseUpdate, NewToken, Page, PageRequest, Token, TokenRequest
 from dr_cloud.model.errors import ConflictError, ForbiddenError, InvalidError, UnauthenticatedError
 from dr_cloud.model.principal import Principal, Role
@@ -30,6 +30,8 @@ from dr_cloud.model.units import SECOND_NS
 _SECRET_PREFIX: Final = "drt1."
 _USED_EVERY_NS: Final = 60 * SECOND_NS
 """`last_used_ns` is written at most this often."""
+_TOKENS: Final = tables.Base.metadata.tables[tables.Token.__tablename__]
+_FIND_TOKEN: Final = select(_TOKENS).where(_TOKENS.c.digest == bindparam("whose"))
 
 
 def hashed(secret: str) -> str:
@@ -195,7 +197,7 @@ class Enterprises(Operations):
         """Return whose token it is. Raises `UnauthenticatedError`."""
         now_ns = self._context.clock_ns()
         with self._database.read(EVERYONE) as session:
-            row = session.scalars(select(tables.Token).where(tables.Token.digest == hashed(secret))).first()
+            row = plain(session, EVERYONE).execute(_FIND_TOKEN, {"whose": hashed(secret)}).one_or_none()
         if row is None:
             raise UnauthenticatedError(
                 "the token is not known", "Use a token that was made with: dr-cloud token create"

@@ -28,7 +28,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import structlog
 from pydantic import BaseModel
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -43,7 +43,7 @@ from dr_cloud.manager.questions import by_person, elsewhere
 from dr_cloud.manager.record import Entry, Recorder, append
 from dr_cloud.manager.registry import Registry
 from dr_cloud.manager.tasks import Tasks, new_task
-from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database
+from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database, plain
 from dr_cloud.model.decision import Point
 from dr_cloud.model.errors import (
     ConflictError,
@@ -215,7 +215,7 @@ class Operations:
         with self._database.read(bound) as session:
             try:
                 if enterprise is not None:
-                    _enterprise_row(session, enterprise)
+                    _check_enterprise(session, enterprise)
                 yield session
             except _UNSTORABLE as error:
                 raise _unstorable() from error
@@ -238,7 +238,7 @@ class Operations:
             bound = enterprise if enterprise != PROVIDER else EVERYONE
             with self._database.write(bound) as session:
                 if enterprise != PROVIDER:
-                    _enterprise_row(session, enterprise)
+                    _check_enterprise(session, enterprise)
                 change = Change(session, who, enterprise, now_ns, subject)
                 yield change
                 session.add(_audit(change.who, operation, change.enterprise, change.subject, now_ns, "done", ""))
@@ -299,7 +299,7 @@ class Operations:
         if who.enterprise is None and operation in OF_OWN_PEOPLE:
             return []
         with self._database.read(enterprise) as session:
-            _enterprise_row(session, enterprise)
+            _check_enterprise(session, enterprise)
         question = by_person(who, action, enterprise)
         known = _known.get()
         answer = known.get(question.model_dump_json()) if known is not None else None
@@ -404,15 +404,17 @@ _UNSTORABLE = (DataError, UnicodeEncodeError, OverflowError)
 """What a driver raises for a value that its database cannot hold: a NUL, half a surrogate pair, a giant number."""
 
 
+_ENTERPRISES: Final = tables.Base.metadata.tables[tables.Enterprise.__tablename__]
+_FIND_ENTERPRISE: Final = select(_ENTERPRISES.c.enterprise).where(_ENTERPRISES.c.enterprise == bindparam("whose"))
+
+
 def _unstorable() -> InvalidError:
     return InvalidError("a name or a number can be none of any thing", "Use printable characters and 64-bit numbers.")
 
 
-def _enterprise_row(session: Session, enterprise: str) -> tables.Enterprise:
-    row = session.get(tables.Enterprise, enterprise)
-    if row is None:
+def _check_enterprise(session: Session, enterprise: str) -> None:
+    if plain(session, enterprise).execute(_FIND_ENTERPRISE, {"whose": enterprise}).first() is None:
         raise no_enterprise(enterprise)
-    return row
 
 
 def _audit(

@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
-from dr_cloud.manager.tenancy import EVERYONE, Database, TenancyError
+from dr_cloud.manager.tenancy import EVERYONE, Database, plain
 from dr_cloud.model.decision import Decision, DecisionCheck, Point
 from dr_cloud.model.rights import Answer, Question
 
@@ -57,16 +57,10 @@ class Head(NamedTuple):
 
 
 def append(session: Session, enterprise: str, entries: Sequence[Entry], at_ns: int) -> None:
-    """Add decisions to an enterprise's chain, in the session's transaction.
-
-    Plain statements, for what happens hundreds of times a second; so whose session it is, is looked at here.
-    """
+    """Add decisions to an enterprise's chain, in the session's transaction."""
     if not entries:
         return
-    if session.info["enterprise"] not in (EVERYONE, enterprise):
-        raise TenancyError(f"a decision of {enterprise!r} in a session of {session.info['enterprise']!r}")
-    session.flush()
-    connection = session.connection()
+    connection = plain(session, enterprise)
     found = connection.execute(_FIND_HEAD, {"whose": enterprise}).one_or_none()
     if found is None:
         connection.execute(_ADD_HEAD, {"enterprise": enterprise, "number": 0, "hash": ""})
