@@ -15,18 +15,21 @@ from typing import Any
 
 from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.db import open_engine
-from dr_cloud.manager.fabric import ServedStack
+from dr_cloud.manager.fabric import ProbeProgress, ServedStack
 from dr_cloud.model.cloud import LogRequest, Route, TokenRequest
-from dr_cloud.model.errors import DrCloudError, TimeOutOfRangeError
+from dr_cloud.model.errors import DrCloudError, NotFoundError, TimeOutOfRangeError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, Disk, Write
 from dr_cloud.model.principal import Principal, Role
+from dr_cloud.model.probe import ProbeResult, ProbeSpec
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, RightsConfig, SiteConfig
+from dr_cloud.model.recovery import TestCredential
 from dr_cloud.model.replication import HostReport, SeenServer, SiteOrders, SiteReport, SourceReport, TargetReport
 from dr_cloud.model.rights import Answer, Regulation
 from dr_cloud.model.task import CompletionCode, Task
 from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
+from dr_cloud.recovery.report_key import ReportSigner
 from dr_cloud.rights.embedded import EmbeddedEngine
 from dr_cloud.rights.engine import no_answer
 from dr_cloud.rights.regulation import POLICIES, REGULATION, load_policies, load_regulation
@@ -94,12 +97,25 @@ class QuietFabric:
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
         self.journals: dict[Scope, list[Checkpoint]] = {}
-        self.stacks: dict[str, ServedStack] = {}
+        self.served: dict[str, ServedStack] = {}
+        """Open stacks."""
+        self._owners: dict[str, str] = {}
         self.paused: dict[str, str] = {}
         """Open stacks that answer nothing: why."""
         self.broken: dict[str, DrCloudError] = {}
         """By method: what it raises."""
         self.free: dict[tuple[str, str], int] = {}
+        self.remote: set[str] = set()
+        """Open stacks that are served remotely."""
+        self.answers: dict[int, Sequence[ProbeResult]] = {}
+        """By the time that is served: what its probes say, in their order, for as many as may have ended."""
+        self.ended_max = 1000
+        """How many probes of a stack may have ended."""
+        self.probing: dict[str, list[ProbeSpec]] = {}
+        """By open stack."""
+        self.artefacts: dict[tuple[str, str], bytes] = {}
+        self.counted: dict[str, dict[str, int]] = {}
+        """Counters of an open stack that are not the usual ones."""
         self._lock = threading.Lock()
         self._requests = itertools.count(1)
 
@@ -150,7 +166,7 @@ class QuietFabric:
         return f"request-{next(self._requests)}"
 
     def open_stacks(
-        self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None
+        self, route: Route, times_ns: Mapping[str, int], quota_bytes: int | None, remote: bool = False
     ) -> Mapping[str, ServedStack | DrCloudError]:
         self._call("open_stacks", *route.scope, *sorted(times_ns))
         opened: dict[str, ServedStack | DrCloudError] = {}
@@ -160,22 +176,72 @@ class QuietFabric:
                 opened[id_] = TimeOutOfRangeError("the journal does not hold that time", "Choose another.")
                 continue
             uris = {"sda": [f"nbd+unix:///sda?socket=/run/{id_}.sock"]}
-            self.stacks[id_] = ServedStack(at_ns=at_ns, note="", uris=uris, open_seconds=0.01)
-            opened[id_] = self.stacks[id_]
+            self.served[id_] = ServedStack(at_ns=at_ns, note="", uris=uris, open_seconds=0.01)
+            opened[id_] = self.served[id_]
+            self._owners[id_] = route.scope.enterprise
+            if remote:
+                self.remote.add(id_)
         return opened
+
+    def stacks(self) -> Mapping[str, str]:
+        self._call("stacks")
+        return {stack: self._owners.get(stack, "") for stack in list(self.served)}
 
     def stack_statistics(self, stack: str) -> StackStatistics | None:
         self._call("stack_statistics", stack)
-        return _statistics(self.stacks[stack]) if stack in self.stacks else None
+        return self._statistics(self.served[stack], stack) if stack in self.served else None
 
     def close_stack(self, stack: str) -> StackStatistics | None:
         self._call("close_stack", stack)
-        served = self.stacks.pop(stack, None)
-        return _statistics(served) if served is not None else None
+        served = self.served.pop(stack, None)
+        return self._statistics(served, stack) if served is not None else None
+
+    def _statistics(self, served: ServedStack, stack: str) -> StackStatistics:
+        known = {"at_ns": served.at_ns, "open_seconds": served.open_seconds, "first_byte_seconds": None}
+        known |= {"failures": 0, "writes_refused": 0} | self.counted.get(stack, {})
+        return StackStatistics.model_validate({name: known.get(name, 7) for name in StackStatistics.model_fields})
+
+    def credential(self, stack: str) -> TestCredential | None:
+        self._call("credential", stack)
+        if stack not in self.served or stack not in self.remote:
+            return None
+        uris = {"sda": [f"nbds://10.0.0.1:10809/sda-{stack}"]}
+        return TestCredential(uris=uris, ca="the CA", certificate="the certificate", key="the key")
+
+    def start_probes(self, route: Route, stack: str, probes: Sequence[ProbeSpec]) -> None:
+        self._call("start_probes", stack)
+        if stack not in self.served:
+            raise NotFoundError("there is no such stack")
+        self.probing.setdefault(stack, list(probes))
+
+    def probe_progress(self, stack: str) -> ProbeProgress | None:
+        """What `answers` says for the time that is served; without an answer every probe passes."""
+        self._call("probe_progress", stack)
+        if stack not in self.served:
+            return None
+        specs = self.probing.get(stack)
+        if specs is None:
+            return ProbeProgress(started=False, done=False, results=[])
+        results = self.answers.get(self.served[stack].at_ns)
+        if results is None:
+            results = [probed(spec.name) for spec in specs]
+        results = list(results)[: self.ended_max]
+        return ProbeProgress(started=True, done=len(results) == len(specs), results=results)
+
+    def artefact(self, route: Route, stack: str, path: str) -> bytes:
+        self._call("artefact", stack, path)
+        if (stack, path) not in self.artefacts:
+            raise NotFoundError(f"there is no {path}")
+        return self.artefacts[stack, path]
+
+    def forget_artefacts(self, route: Route, stacks: Sequence[str]) -> None:
+        self._call("forget_artefacts", *stacks)
+        for key in [key for key in self.artefacts if key[0] in stacks]:
+            del self.artefacts[key]
 
     def pause_stack(self, stack: str, reason: str) -> None:
         self._call("pause_stack", stack, reason)
-        if stack in self.stacks:
+        if stack in self.served:
             self.paused[stack] = reason
 
     def resume_stack(self, stack: str) -> None:
@@ -191,9 +257,10 @@ class QuietFabric:
         return f"logs of {enterprise}/{site}".encode()
 
 
-def _statistics(served: ServedStack) -> StackStatistics:
-    known = {"at_ns": served.at_ns, "open_seconds": served.open_seconds, "first_byte_seconds": None}
-    return StackStatistics.model_validate({name: known.get(name, 7) for name in StackStatistics.model_fields})
+def probed(name: str, reason: str = "", **more: Any) -> ProbeResult:
+    """Return the result of a probe that passed, or with a reason failed."""
+    told = {"verdict": "fail" if reason else "pass", "reason": reason or "all is well", "started_ns": START_NS}
+    return ProbeResult.model_validate({"probe": name, "seconds": 0.1} | told | more)
 
 
 class MuteEngine(EmbeddedEngine):
@@ -275,6 +342,7 @@ class World:
             api_url="https://127.0.0.1:8440",
             clock_ns=self.clock,
             rights=self.rights,
+            report_signer=ReportSigner.open(self.folder),
             follow_seconds=follow_seconds,
         )
 

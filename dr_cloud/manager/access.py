@@ -39,6 +39,7 @@ _OPERATE: Final = READ | {
     "test.start",
     "test.stop",
     "test.discard",
+    "test.attach",
     "clean.find",
     "drill.put",
     "drill.remove",
@@ -90,6 +91,7 @@ ALLOWED: Final[dict[Role, frozenset[str]]] = {
 ASKED: Final[dict[str, Action]] = {
     "checkpoint.read": Action.READ,
     "test.read": Action.READ,
+    "test.attach": Action.READ,
     "logs.collect": Action.LOGS,
     "logs.read": Action.LOGS,
     "test.start": Action.TEST,

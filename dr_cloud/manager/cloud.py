@@ -9,10 +9,10 @@ Purpose
 Layout
     `tables` and `db` the schema · `tenancy` the one place that every query passes · `access` who may do what ·
     `operations` what all share (audit, idempotency, paging) · `enterprises`, `pairing`, `sites`, `vpgs`, `checkpoints`,
-    `recovery_tests`, `failover`, `rights`, `reports` the operations · `watch` reports that come in, `dispatch` and
-    `publish` orders that go out · `protect`, `placement`, `orders`, `questions`, `health` pure decisions · `desk` where
-    the rights manager is asked, `record` what it answered, `policies` what it decides by · `tasks`, `registry`,
-    `monitor`, `standing` what runs by itself, in `rounds` · `fabric` the world outside.
+    `recovery_tests`, `probing`, `failover`, `clean`, `drills`, `testreports`, `rights`, `reports` the operations · `watch` reports that come in, `dispatch`
+    and `publish` orders that go out · `protect`, `placement`, `orders`, `questions`, `health` pure decisions · `desk`
+    where the rights manager is asked, `record` what it answered, `policies` what it decides by · `tasks`, `registry`,
+    `monitor`, `tending`, `standing` what runs by itself, in `rounds` · `fabric` the world outside.
 
 Consistency
     A change and its audit row are one transaction. Orders are computed from rows when they are asked for, so nobody is
@@ -38,6 +38,8 @@ from sqlalchemy import Engine, select
 from dr_cloud.manager import tables
 from dr_cloud.manager.db import migrate
 from dr_cloud.manager.desk import Desk
+from dr_cloud.manager.drills import ROUND_SECONDS as DRILL_SECONDS
+from dr_cloud.manager.drills import Drills
 from dr_cloud.manager.enterprises import Enterprises
 from dr_cloud.manager.events import Events
 from dr_cloud.manager.fabric import Fabric
@@ -45,16 +47,21 @@ from dr_cloud.manager.failover import Failover
 from dr_cloud.manager.monitor import Monitor
 from dr_cloud.manager.operations import Clock, Context
 from dr_cloud.manager.policies import Policies
+from dr_cloud.manager.probing import Probing
 from dr_cloud.manager.publish import Publisher
 from dr_cloud.manager.record import Recorder
 from dr_cloud.manager.registry import Registry
 from dr_cloud.manager.reports import Reports
+from dr_cloud.manager.rounds import Rounds
 from dr_cloud.manager.sites import Sites
 from dr_cloud.manager.standing import StandingRights
 from dr_cloud.manager.tasks import Tasks
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER, Database
+from dr_cloud.manager.tending import Tending
+from dr_cloud.manager.testreports import TestReports
 from dr_cloud.model.principal import Principal, Role
 from dr_cloud.model.provider import ProviderConfig
+from dr_cloud.recovery.report_key import ReportSigner
 from dr_cloud.rights.rights import Rights
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.keyring import Keyring
@@ -65,7 +72,7 @@ SYSTEM: Final = Principal(id="system", name="the provider itself", role=Role.PRO
 FOLLOW_SECONDS: Final = 60.0
 
 
-class Cloud(Enterprises, Sites, Failover, Reports):
+class Cloud(Enterprises, Sites, Failover, Probing, Drills, TestReports, Reports):
     """All operations."""
 
     def __init__(
@@ -81,6 +88,7 @@ class Cloud(Enterprises, Sites, Failover, Reports):
         api_url: str,
         clock_ns: Clock,
         rights: Rights,
+        report_signer: ReportSigner,
         answers_for: Callable[[str], bool] = lambda enterprise: True,
         follow_seconds: float = FOLLOW_SECONDS,
     ) -> None:
@@ -97,6 +105,7 @@ class Cloud(Enterprises, Sites, Failover, Reports):
             api_url: `https://host:port` of the API, as sites reach it: for pairing tokens.
             clock_ns: The time.
             rights: The rights manager; it is told policies and facts, and asked at every point.
+            report_signer: Signs reports of recovery tests.
             answers_for: Whether this process runs the tasks, alerts and registry of an enterprise (the empty string:
                 of the provider itself). Exactly one process must answer for each.
             follow_seconds: How long a task waits until sites follow their orders.
@@ -122,6 +131,7 @@ class Cloud(Enterprises, Sites, Failover, Reports):
             desk=Desk(rights, clock_ns),
             policies=Policies(database, config, rights, clock_ns),
             recorder=Recorder(database, clock_ns),
+            report_signer=report_signer,
             follow_seconds=follow_seconds,
         )
         super().__init__(context)
@@ -130,9 +140,12 @@ class Cloud(Enterprises, Sites, Failover, Reports):
         self._register_site_tasks()
         self._register_vpg_tasks()
         self._register_test_tasks()
+        self._register_probe_tasks()
         self._register_failover_tasks()
         self._register_log_tasks()
         self.monitor = Monitor(context, answers_for)
+        self.drill_rounds = Rounds("drills", DRILL_SECONDS, [self.look_at_drills])
+        self.tending = Tending(context, answers_for)
         self.standing = StandingRights(context, answers_for)
 
     def start(self) -> None:
@@ -150,11 +163,15 @@ class Cloud(Enterprises, Sites, Failover, Reports):
         self._context.tasks.start()
         self._context.registry.start()
         self.monitor.start()
+        self.tending.start()
         self.standing.start()
+        self.drill_rounds.start()
 
     def close(self) -> None:
         """End what runs by itself, after the step it is at."""
+        self.drill_rounds.close()
         self.standing.close()
+        self.tending.close()
         self.monitor.close()
         self._context.tasks.close()
         self._context.registry.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dr_cloud.manager import tables
+from dr_cloud.manager.ending import end
 from dr_cloud.manager.operations import decided
 from dr_cloud.manager.questions import about_target, operator_of, subject_of
-from dr_cloud.manager.recovery_tests import RecoveryTests, counters, new_test, open_tests
+from dr_cloud.manager.recovery_tests import RecoveryTests, new_test, open_tests
 from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, view
 from dr_cloud.manager.vpgs import judge
 from dr_cloud.model.errors import DrCloudError, InvalidError
+from dr_cloud.model.ids import Scope
 from dr_cloud.model.principal import Principal
 from dr_cloud.model.recovery import FailoverRequest
 from dr_cloud.model.rights import Action
@@ -68,7 +70,8 @@ class Failover(RecoveryTests):
             with self._database.write(task.enterprise) as session:
                 row = session.get(tables.RecoveryTest, (task.enterprise, test))
                 if row is not None and row.stopped_ns is None:
-                    row.status, row.stopped_ns, row.problem = "failed", self._context.clock_ns(), str(error)
+                    row.problem, row.ended = str(error), "it could not be opened"
+                    end(self._context, session, row, None)
             self._roll_back(task)
             raise
         return Done({"test": test, "at_ns": at_ns})
@@ -76,7 +79,13 @@ class Failover(RecoveryTests):
     def _failover_time(self, task: tables.Task) -> int:
         if task.inputs["at_ns"] is not None:
             return int(task.inputs["at_ns"])
-        found = [c for c in self._context.fabric.checkpoints(self._route_of(task)) if c.testable]
+        found = [
+            c
+            for c in self._context.fabric.checkpoints(
+                self._route_to(Scope(task.enterprise, task.vpg or "", str(task.inputs["target"])))
+            )
+            if c.testable
+        ]
         if task.inputs["checkpoint"] is not None:
             found = [c for c in found if c.number == task.inputs["checkpoint"]]
         if not found:
@@ -89,8 +98,8 @@ class Failover(RecoveryTests):
             with self._database.write(task.enterprise) as session:
                 row = session.get(tables.RecoveryTest, (task.enterprise, test))
                 if row is not None and row.stopped_ns is None:
-                    row.status, row.stopped_ns, row.uris = "stopped", self._context.clock_ns(), {}
-                    row.statistics = counters(statistics) or row.statistics
+                    row.ended = f"rolled back by {task.created_by}"
+                    end(self._context, session, row, statistics)
         self._roll_back(task)
         return Done()
 

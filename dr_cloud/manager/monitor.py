@@ -1,4 +1,4 @@
-"""What the manager looks at by itself, every few seconds: silence, alerts, running tests, forecasts, and what is old.
+"""What the manager looks at by itself, every few seconds: silence, alerts, forecasts, and what is old.
 
 Judgements are pure (`dr_cloud.manager.health`); here rows are read, alerts are raised and cleared, and watchers told.
 Each round is a few queries over whole tables, whatever the number of enterprises. A round that fails is logged, and the
@@ -16,6 +16,7 @@ import structlog
 from sqlalchemy import delete, select, update
 
 from dr_cloud.manager import tables
+from dr_cloud.manager.drills import judgements
 from dr_cloud.manager.health import (
     STALE_NS,
     Judgement,
@@ -32,7 +33,6 @@ from dr_cloud.manager.health import (
 )
 from dr_cloud.manager.operations import Context
 from dr_cloud.manager.orders import AT_REST
-from dr_cloud.manager.recovery_tests import counters, end_tests
 from dr_cloud.manager.rounds import Rounds
 from dr_cloud.manager.tenancy import EVERYONE, PROVIDER
 from dr_cloud.model.errors import DrCloudError
@@ -57,7 +57,7 @@ class Monitor:
         self._context = context
         self._database = context.database
         self._answers_for = answers_for
-        acts = (self.note_silence, self.judge, self.look_at_tests, self._seldom)
+        acts = (self.note_silence, self.judge, self._seldom)
         self._rounds = Rounds("monitor", ROUND_SECONDS, acts)
         self.start, self.close = self._rounds.start, self._rounds.close
         self._due = {"forecast": 0.0, "tidy": 0.0}
@@ -127,6 +127,7 @@ class Monitor:
             sites = session.scalars(select(tables.Site)).all()
             hosts = session.scalars(select(tables.Host)).all()
             center_hosts = session.scalars(select(tables.CenterHost)).all()
+            drilled = judgements(session, self._context.config.untested_days, now_ns, standing)
         for row in targets:
             if self._answers_for(row.enterprise):
                 subject = f"vpg/{row.vpg}/{row.name}"
@@ -150,6 +151,7 @@ class Monitor:
         for center in center_hosts if self._answers_for(PROVIDER) else ():
             up = center.last_seen_ns is None or now_ns - center.last_seen_ns < STALE_NS
             yield PROVIDER, judge_vdsa(f"host/{center.data_center}/{center.name}", center.wanted, up, center.problem)
+        yield from (judged for judged in drilled if self._answers_for(judged[0]))
         if self._answers_for(PROVIDER):
             state = self._context.desk.state()
             yield PROVIDER, judge_rights(state.problem if state is not None else "the rights manager does not answer")
@@ -180,34 +182,6 @@ class Monitor:
             stored.cleared_ns = now_ns
         data = {"id": row.id, "kind": row.kind, "raised": False}
         self._context.events.emit(row.enterprise, now_ns, [("alert", row.subject, data)])
-
-    # Tests.
-
-    def look_at_tests(self) -> None:
-        """Keep the counters of running tests; fail those whose stack has died."""
-        table = tables.RecoveryTest
-        with self._database.read(EVERYONE) as session:
-            running = session.scalars(select(table).where(table.status == "running")).all()
-        for row in filter(lambda row: self._answers_for(row.enterprise), running):
-            try:
-                statistics = self._context.fabric.stack_statistics(row.id)
-            except DrCloudError:
-                continue  # nothing is known now; the next round asks again
-            with self._database.write(row.enterprise) as session:
-                stored = session.get(table, (row.enterprise, row.id))
-                if stored is None or stored.status != "running":
-                    continue
-                if statistics is not None:
-                    stored.statistics = counters(statistics)
-                    continue
-                stored.status, stored.stopped_ns, stored.uris = "failed", self._context.clock_ns(), {}
-                stored.problem = "its stack has died"
-                vpg = session.get(tables.Vpg, (row.enterprise, row.vpg))
-                if vpg is not None and row.kind == "test":
-                    end_tests(session, vpg)
-                self._context.registry.touch(session, row.enterprise)
-            told = ("test", row.id, {"vpg": row.vpg, "status": "failed"})
-            self._context.events.emit(row.enterprise, self._context.clock_ns(), [told])
 
     # Now and then.
 

@@ -1,30 +1,33 @@
 """Recovery tests: stacks at past times, opened, watched, closed.
 
 A test's id is its stack's name, so a manager that restarted finds its stacks again, and a task that is stepped twice
-opens nothing twice. Tests of one VPG run side by side and end one by one; replication goes on. A test whose stack has
-died is failed, and it alone.
+opens nothing twice. Tests of one VPG run side by side and end one by one; replication goes on. A test whose stack could
+not be opened has failed, and it alone. Once a stack is open, the task that runs its probes (`probing`) begins in the
+same transaction. How tests end is in `ending`, what ends them unasked in `tending`.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import func, select
+import structlog
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.checkpoints import Checkpoints
+from dr_cloud.manager.ending import OPEN, begin_end, counters, end, is_sound, note_results, tell
 from dr_cloud.manager.fabric import ServedStack
 from dr_cloud.manager.operations import Change, decided, missing
 from dr_cloud.manager.paging import paged
 from dr_cloud.manager.protect import only_target
 from dr_cloud.manager.questions import about_target, by_person, operator_of, place_of_target, subject_of
-from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, view
-from dr_cloud.manager.vpgs import Vpgs, judge
+from dr_cloud.manager.tasks import Done, Later, TaskFailedError, TaskType, new_task, view
+from dr_cloud.manager.vpgs import Vpgs
 from dr_cloud.model.cloud import Page, PageRequest, Route
-from dr_cloud.model.errors import ConflictError, DeniedError, DrCloudError, InvalidError
+from dr_cloud.model.errors import ConflictError, DeniedError, DrCloudError, InvalidError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.principal import Principal
 from dr_cloud.model.probe import ProbeResult
@@ -33,10 +36,12 @@ from dr_cloud.model.rights import Action, Question
 from dr_cloud.model.task import Task
 from dr_cloud.model.units import SECOND_NS, format_time
 from dr_cloud.model.vpg import VpgEvent, VpgStatus, next_status
+from dr_cloud.recovery.probes.probe import make_probe
 from dr_cloud.recovery.probes.spec import with_names
-from dr_cloud.stack.stack import StackStatistics
 
-OPEN = ("opening", "running", "closing")
+CLOSE_ATTEMPTS: Final = 20
+"""How often a task tries to close a stack that does not answer, in half a minute."""
+log = structlog.get_logger(__name__)
 
 
 class RecoveryTests(Vpgs, Checkpoints):
@@ -53,7 +58,13 @@ class RecoveryTests(Vpgs, Checkpoints):
     def _begin_tests(
         self, change: Change, row: tables.Vpg, target: tables.VpgTarget, request: TestsRequest, origin: str = ""
     ) -> tables.Task:
-        """Ask whether they may be, make their rows and the task that opens their stacks; return the task."""
+        """Ask whether they may be, make their rows and the task that opens their stacks; return the task.
+
+        Raises:
+            InvalidError: A probe is not known, or its parameters are wrong.
+        """
+        for spec in request.probes:
+            make_probe(spec)
         row.status = next_status(VpgStatus(row.status), VpgEvent.TEST_STARTED).value
         asked = about_target(row, target, [Action.TEST], operator_of(change.who))
         change.decide("stack", subject_of((row.enterprise, row.name, target.name)), asked)
@@ -88,9 +99,10 @@ class RecoveryTests(Vpgs, Checkpoints):
                 raise missing("test", test)
             if row.status not in ("opening", "running"):
                 raise ConflictError(f"the test is {row.status} already", "Nothing is left to stop.")
-            row.status, row.verdict, row.verdict_note = "closing", how.verdict, how.note
-            task = change.task("test.stop", {"test": test, **how.model_dump()}, vpg=row.vpg)
-            task.state = {"tests": [test]}
+            row.verdict, row.verdict_note = how.verdict or row.verdict, how.note or row.verdict_note
+            task = begin_end(change.session, row, change.now_ns, f"stopped by {who.name}", who.name)
+            change.event("task", task.id, type=task.type, status=task.status, vpg=row.vpg)
+            change.event("test", test, vpg=row.vpg, status=row.status)
             change.registry = True
             return change.done(view(task))
 
@@ -184,12 +196,10 @@ class RecoveryTests(Vpgs, Checkpoints):
     def _step_start_tests(self, task: tables.Task) -> Later | Done:
         rows = self._tests_of(task)
         times = {row.id: row.asked_ns for row in rows if row.status == "opening"}
-        quota_bytes = rows[0].quota_bytes if rows else None
-        problems = self._open(task, times, quota_bytes)
+        problems = self._open(task, times, rows[0].quota_bytes if rows else None, any(row.remote for row in rows))
         wanted = {row.id for row in self._tests_of(task) if row.status == "running"}
         for id_ in times.keys() - wanted - problems.keys():  # stopped, or forgotten with its VPG, while it opened
             self._context.fabric.close_stack(id_)
-        self._settle(task)
         if times and len(problems) == len(times):
             error = next(iter(problems.values()))
             raise TaskFailedError(f"no test could be started: {error}", error.remedy)
@@ -197,39 +207,74 @@ class RecoveryTests(Vpgs, Checkpoints):
 
     def _step_stop_test(self, task: tables.Task) -> Later | Done:
         (test,) = task.state["tests"]
-        statistics = self._context.fabric.close_stack(test)
+        fabric, results = self._context.fabric, []
+        statistics, progress = None, None
+        rows = self._tests_of(task)
+        try:
+            if any(row.probes for row in rows) and (progress := fabric.probe_progress(test)) is not None:
+                results = progress.results
+            statistics = fabric.close_stack(test)
+        except DrCloudError as error:
+            attempts = int(task.state.get("attempts", 0)) + 1
+            task.state = {**task.state, "attempts": attempts}
+            log.info("test.close", test=test, attempts=attempts, error=str(error))
+            if attempts < CLOSE_ATTEMPTS:
+                return Later(min(0.25 * attempts, 2.0))
+            # Its row ends; a stack that is still there then has no row, and is closed for that.
         with self._database.write(task.enterprise) as session:
             row = session.get(tables.RecoveryTest, (task.enterprise, test))
             if row is not None and row.stopped_ns is None:
-                row.status, row.stopped_ns, row.uris = "stopped", self._context.clock_ns(), {}
-                row.statistics = counters(statistics) or row.statistics
-                self._context.registry.touch(session, task.enterprise)
-        self._settle(task)
+                note_results(row, results, sound=statistics is not None and is_sound(statistics))
+                end(self._context, session, row, statistics)
+        tell(self._context, task.enterprise, [test])
         return Done({"test": test})
 
-    def _open(self, task: tables.Task, times_ns: Mapping[str, int], quota_bytes: int | None) -> dict[str, DrCloudError]:
+    def _open(
+        self, task: tables.Task, times_ns: Mapping[str, int], quota_bytes: int | None, remote: bool = False
+    ) -> dict[str, DrCloudError]:
         """Open stacks and note what became of each; return those that failed, with why."""
         if not times_ns:
             return {}
+        opened: Mapping[str, ServedStack | DrCloudError]
         try:
-            opened = self._context.fabric.open_stacks(self._route_of(task), times_ns, quota_bytes)
+            route = self._route_to(Scope(task.enterprise, task.vpg or "", str(task.inputs["target"])))
+            opened = self._context.fabric.open_stacks(route, times_ns, quota_bytes, remote)
         except DrCloudError as error:
             opened = dict.fromkeys(times_ns, error)
         problems = {}
         with self._database.write(task.enterprise) as session:
-            for id_, outcome in opened.items():
+            for id_ in times_ns:
+                outcome = opened.get(id_) or UnavailableError("nothing is known of its stack", "Start another test.")
                 if isinstance(outcome, DrCloudError):
                     problems[id_] = outcome
                 row = session.get(tables.RecoveryTest, (task.enterprise, id_))
-                if row is not None:
+                if row is not None and row.stopped_ns is None:
                     row.asked_ns = times_ns[id_]
-                    _note_outcome(row, outcome, self._context.clock_ns())
+                    self._note_outcome(session, row, outcome)
             self._context.registry.touch(session, task.enterprise)
+        tell(self._context, task.enterprise, times_ns)
         return problems
 
-    def _route_of(self, task: tables.Task) -> Route:
-        scope = Scope(task.enterprise, task.vpg or "", str(task.inputs["target"]))
-        with self._database.read(task.enterprise) as session:
+    def _note_outcome(self, session: Session, row: tables.RecoveryTest, outcome: ServedStack | DrCloudError) -> None:
+        now_ns = self._context.clock_ns()
+        if isinstance(outcome, DrCloudError):
+            row.problem, row.ended = str(outcome), row.ended or "it could not be opened"
+            end(self._context, session, row, None)
+            return
+        row.at_ns, row.uris = outcome.at_ns, outcome.uris
+        row.running_ns = row.running_ns or now_ns
+        row.statistics = {"open_seconds": outcome.open_seconds}
+        if outcome.note and outcome.note not in row.note:
+            row.note = f"{row.note}; {outcome.note}" if row.note else outcome.note
+        if row.status == "opening":
+            row.status = "running"
+            if row.probes:
+                task = new_task(row.enterprise, "test.probe", {"test": row.id}, row.vpg, None, now_ns, row.started_by)
+                task.state = {"tests": [row.id]}
+                session.add(task)
+
+    def _route_to(self, scope: Scope) -> Route:
+        with self._database.read(scope.enterprise) as session:
             way = self._way(session, *self._find(session, scope))
         return self._granted([way])[0]
 
@@ -237,31 +282,6 @@ class RecoveryTests(Vpgs, Checkpoints):
         table = tables.RecoveryTest
         with self._database.read(task.enterprise) as session:
             return list(session.scalars(select(table).where(table.id.in_(task.state["tests"]))))
-
-    def _settle(self, task: tables.Task) -> None:
-        """End the VPG's status Test with its last test; tell what happened."""
-        with self._database.write(task.enterprise) as session:
-            row = session.get(tables.Vpg, (task.enterprise, task.vpg), with_for_update=True)
-            if row is None:
-                return
-            end_tests(session, row)
-            judge(session, self._context.config, row, self._context.clock_ns())
-            status = row.status
-        tests = [("test", test, {"vpg": task.vpg}) for test in task.state["tests"]]
-        told: list[tuple[str, str, dict[str, Any]]] = [*tests, ("vpg", task.vpg or "", {"status": status})]
-        self._context.events.emit(task.enterprise, self._context.clock_ns(), told)
-        self._context.registry.wake()
-
-
-def end_tests(session: Session, row: tables.Vpg) -> None:
-    """Set the status of a VPG in tests to what it is without, if its last test has ended."""
-    table = tables.RecoveryTest
-    session.flush()
-    wanted = select(func.count(table.id)).where(
-        table.enterprise == row.enterprise, table.vpg == row.name, table.kind == "test", table.status.in_(OPEN)
-    )
-    if row.status == VpgStatus.TEST and not session.scalar(wanted):
-        row.status = next_status(VpgStatus.TEST, VpgEvent.TESTS_ENDED).value
 
 
 def open_tests(vpg: str, kind: str) -> Any:
@@ -290,24 +310,6 @@ def new_test(
     change.session.add(row)
     change.event("test", row.id, vpg=vpg, status="opening", asked=format_time(at_ns) if at_ns else "latest")
     return row.id
-
-
-def _note_outcome(row: tables.RecoveryTest, outcome: ServedStack | DrCloudError, now_ns: int) -> None:
-    if isinstance(outcome, DrCloudError):
-        row.status, row.problem, row.stopped_ns = "failed", str(outcome), now_ns
-        return
-    row.at_ns, row.uris = outcome.at_ns, outcome.uris
-    row.running_ns = row.running_ns or now_ns
-    row.statistics = {"open_seconds": outcome.open_seconds}
-    if outcome.note and outcome.note not in row.note:
-        row.note = f"{row.note}; {outcome.note}" if row.note else outcome.note
-    if row.status == "opening":
-        row.status = "running"
-
-
-def counters(statistics: StackStatistics | None) -> dict[str, Any]:
-    """Return a stack's counters as they are kept."""
-    return statistics.model_dump(mode="json", exclude={"at_ns"}) if statistics is not None else {}
 
 
 def test_view(row: tables.RecoveryTest, now_ns: int) -> RecoveryTest:

@@ -35,8 +35,8 @@ def data_verdict(probes: int, results: Sequence[ProbeResult]) -> tuple[bool, str
 
 
 def verdict_of_test(probes: int, results: Sequence[ProbeResult]) -> tuple[bool, str]:
-    """Return whether a test that ends now has passed, and why not: the reason of the first probe that failed."""
+    """Return whether a test that ends now has passed, and the reason of the first probe that failed, if one has."""
     for result in results:
         if not result.passed:
             return False, f"{result.probe}: {result.reason}"
-    return (True, "") if len(results) == probes else (False, "stopped before its probes had ended")
+    return len(results) == probes, ""

@@ -104,6 +104,8 @@ class StackExport:
         self.block_size_preferred = BLOCK_SIZE
         self.blocks_read = 0
         self.blocks_written = 0
+        self.failures = 0
+        """Requests that failed for what is not theirs: nothing could be fetched, or it is damaged, or it was paused."""
         self.on_served: Callable[[], None] | None = None
         """Called when the first read is about to be answered."""
         self._disk = disk
@@ -139,6 +141,7 @@ class StackExport:
 
     def _check_allowed(self) -> None:
         if self._refusal is not None:
+            self.failures += 1
             raise OSError(*self._refusal)
 
     @property
@@ -286,6 +289,7 @@ class StackExport:
 
     def _refuse(self, error: DrCloudError) -> NoReturn:
         event = "stack.damaged" if isinstance(error, DamagedError) else "stack.unavailable"
+        self.failures += 1
         log.error(event, export=self.name, disk=self._disk.name, error=str(error))
         raise OSError(errno.EIO, str(error)) from error
 

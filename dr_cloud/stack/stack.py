@@ -46,6 +46,10 @@ class StackStatistics(BaseModel):
     """Memory that the stack's own regions of the map take."""
     fetched_bytes: int
     """Sealed bytes of blocks that this process fetched from the store for its cache."""
+    failures: int
+    """Requests that failed because what they need could not be fetched or is damaged, or while it was paused."""
+    writes_refused: int
+    """Writes for which there was no space, or no quota."""
 
 
 class Stack:
@@ -122,6 +126,8 @@ class Stack:
             stored_bytes=self._writes.stored_bytes,
             map_bytes=sum(export.own_map_bytes for export in self.exports),
             fetched_bytes=self._cache.fetched_bytes,
+            failures=sum(export.failures for export in self.exports),
+            writes_refused=self._writes.refused,
         )
 
     def pause(self, reason: str) -> None:

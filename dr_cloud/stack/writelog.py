@@ -56,6 +56,8 @@ class WriteLog:
         self._slots_reserved = 0
         self.slots = 0
         self.stored_bytes = 0
+        self.refused = 0
+        """Writes that found the disk full, or the quota spent."""
         self._map: mmap.mmap | None = None
         self.view = memoryview(bytearray())
 
@@ -88,6 +90,7 @@ class WriteLog:
         wanted_bytes = max(self.stored_bytes + step_bytes, needed_bytes)
         if self._quota_bytes is not None:
             if needed_bytes > self._quota_bytes:
+                self.refused += 1
                 raise OSError(errno.ENOSPC, f"the test's quota of {self._quota_bytes} bytes is spent")
             wanted_bytes = min(wanted_bytes, self._quota_bytes)
         wanted_bytes &= -BLOCK_SIZE
@@ -100,6 +103,7 @@ class WriteLog:
             try:
                 self._extend(needed_bytes)
             except OSError as again:
+                self.refused += 1
                 raise OSError(errno.ENOSPC, "no space for the test's writes") from again
 
     def _extend(self, size_bytes: int) -> None:

@@ -193,7 +193,7 @@ def test_remove_waits_for_everyone_and_force_for_nobody(world: World):
     with pytest.raises(NotFoundError):
         world.cloud.vpg(who, "acme", "erp")
     assert world.cloud.wait_task(who, task.id, 10, 0.05).completion is CompletionCode.SUCCESS
-    assert world.fabric.stacks == {}
+    assert world.fabric.served == {}
 
 
 def test_a_task_tells_who_does_not_follow(world: World):
@@ -336,7 +336,7 @@ def test_recovery_tests_run_side_by_side_and_end_one_by_one(world: World):
         assert (ended.status, ended.verdict, ended.uris, ended.verdict_note) == ("stopped", verdict, {}, "seen")
         assert ended.seconds >= 90
     assert world.cloud.vpg_status(who, "acme", "erp") is VpgStatus.PROTECTING
-    assert world.fabric.stacks == {}
+    assert world.fabric.served == {}
     with pytest.raises(ConflictError):
         world.cloud.stop_test(who, "acme", running[0].id, StopTest())
     assert world.cloud.discard_tests(who, "acme", "erp", 3) == 3
@@ -350,15 +350,15 @@ def test_a_test_whose_stack_dies_fails_alone(world: World):
     world.journal(SCOPE, 10)
     world.done(world.cloud.start_tests(who, "acme", "erp", TestsRequest(times_ns=[world.clock()] * 2)))
     first, second = world.cloud.tests(who, "acme").items
-    del world.fabric.stacks[first.id]
-    world.cloud.monitor.look_at_tests()
+    del world.fabric.served[first.id]
+    world.cloud.tending.look()
     assert (world.cloud.test(who, "acme", first.id).problem, world.cloud.test(who, "acme", second.id).status) == (
         "its stack has died",
         "running",
     )
     assert world.cloud.vpg_status(who, "acme", "erp") is VpgStatus.TEST
-    del world.fabric.stacks[second.id]
-    world.cloud.monitor.look_at_tests()
+    del world.fabric.served[second.id]
+    world.cloud.tending.look()
     assert world.cloud.vpg_status(who, "acme", "erp") is VpgStatus.PROTECTING
 
 
