@@ -49,6 +49,7 @@ from dr_cloud.model.errors import ConflictError, DrCloudError, ForbiddenError, U
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.principal import Role
 from dr_cloud.model.provider import EnterpriseConfig
+from dr_cloud.recovery.report_key import ReportSigner
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.identity import replace_file
 from dr_cloud.seal.keyring import Keyring
@@ -122,6 +123,7 @@ class Core:
                 clock_ns=time.time_ns,
                 answers_for=self._answers_for,
                 rights=self.rights,
+                report_signer=ReportSigner.open(config.state),
             )
         return self._cloud
 

@@ -10,6 +10,8 @@ An alert is raised at one limit and cleared at a lower one, so that a value at t
     link              raised when a paired site does not report, cleared when it does
     vdsa              raised when a host that should have a VDSA has none, cleared when it has
     rights            raised when policy has stopped something, or the rights manager is not well; cleared when not
+    drill             raised when a drill has failed or could not begin, cleared when its next run has passed
+    untested          raised when a VPG has passed no recovery test for so many days, cleared when one has passed
 
 The forecast of history: what a journal holds now, and what its datastore's free space gives at the present rate of all
 journals in it, up to what was promised. Without a bound, or before a journal has a rate, there is none.
@@ -20,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from dr_cloud.model.recovery import Verdict
 from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.watch import AlertKind
 
@@ -148,6 +151,20 @@ def judge_rights(problem: str) -> Judgement:
     """Judge the rights manager itself."""
     remedy = "What stands goes on for a while, nothing new is allowed: look at the engine and its log."
     return Judgement("rights", "rights", bool(problem), problem, remedy)
+
+
+def judge_drill(subject: str, verdict: Verdict | None, problem: str, raised: bool) -> Judgement:
+    """Judge a drill by its last run. While that goes on, an alert that stands stays."""
+    failed = bool(problem) or verdict == "fail" or (verdict is None and raised)
+    message = (problem and f"it could not begin: {problem}") or "its last run has failed, or has not passed since"
+    return Judgement("drill", subject, failed, message, "See what it found: dr-cloud drill show, dr-cloud test list")
+
+
+def judge_untested(subject: str, created_ns: int, passed_ns: int | None, days: int, now_ns: int) -> Judgement:
+    """Judge how long ago a VPG has passed a recovery test; if it never has, since it was created."""
+    age_days = (now_ns - (passed_ns or created_ns)) / (86400 * SECOND_NS)
+    message = f"no recovery test has passed for {age_days:.0f} days"
+    return Judgement("untested", subject, age_days > days, message, "Start one, or have a drill do it regularly.")
 
 
 def forecast(

@@ -57,6 +57,7 @@ from dr_cloud.model.errors import (
 from dr_cloud.model.principal import Principal
 from dr_cloud.model.provider import ProviderConfig
 from dr_cloud.model.rights import Action, Answer, Question
+from dr_cloud.recovery.report_key import ReportSigner
 from dr_cloud.seal.authority import Authority
 from dr_cloud.seal.keyring import Keyring
 
@@ -90,6 +91,7 @@ class Context:
     desk: Desk
     policies: Policies
     recorder: Recorder
+    report_signer: ReportSigner
     follow_seconds: float
     """How long a task waits until sites follow their orders."""
 

@@ -8,6 +8,7 @@ from sqlalchemy import ForeignKeyConstraint, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from dr_cloud.manager.base import Base, Json, Owned
+from dr_cloud.model.recovery import Verdict
 
 
 class RecoveryTest(Owned, Base):
@@ -82,7 +83,7 @@ class Drill(Owned, Base):
     """When it is due; None while it is not enabled."""
     last_ns: Mapped[int | None]
     last_tests: Mapped[list[Any]] = mapped_column(default=list)
-    last_verdict: Mapped[str | None]
+    last_verdict: Mapped[Verdict | None] = mapped_column(String(8))
     problem: Mapped[str] = mapped_column(default="")
 
     __table_args__ = (

@@ -40,7 +40,7 @@ def upgrade() -> None:
         sa.Column("next_ns", sa.BigInteger(), nullable=True),
         sa.Column("last_ns", sa.BigInteger(), nullable=True),
         sa.Column("last_tests", JSON, nullable=False),
-        sa.Column("last_verdict", sa.Text(), nullable=True),
+        sa.Column("last_verdict", sa.String(length=8), nullable=True),
         sa.Column("problem", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(*VPG, name=op.f("fk_drills_enterprise_vpg"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("enterprise", "vpg", "name", name=op.f("pk_drills")),
