@@ -53,6 +53,14 @@ def start_tests(
     return once.task(lambda: cloud.start_tests(who, enterprise, vpg, body))
 
 
+@router.post(_VPG + "/find-clean", status_code=202, tags=["recovery tests"])
+def find_clean(
+    cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart, body: r.CleanRequest
+) -> Task:
+    """Search the last time between two at which all probes pass; the task's result is a `CleanPoint`, as it grows."""
+    return once.task(lambda: cloud.find_clean(who, enterprise, vpg, body))
+
+
 @router.delete(_VPG + "/tests", tags=["recovery tests"])
 def discard_tests(
     cloud: Manager, who: Who, enterprise: Tenant, vpg: NamePart, count: Annotated[int, Query(ge=1, le=1_000_000)]

@@ -9,7 +9,8 @@ import typer
 from dr_cloud.cli.lazy import group
 from dr_cloud.cli.rest import Call, NoWait, command, time_or_none
 from dr_cloud.model.errors import InvalidError
-from dr_cloud.model.recovery import FailoverRequest
+from dr_cloud.model.recovery import CleanPoint, FailoverRequest
+from dr_cloud.model.task import CompletionCode
 
 app = group("Failover of protection groups.")
 Vpg = Annotated[str, typer.Argument(help="The protection group.")]
@@ -22,13 +23,20 @@ def start(
     target: Annotated[str | None, typer.Option(help="To which target; needed where there are several.")] = None,
     checkpoint: Annotated[int | None, typer.Option(min=0, help="To this checkpoint.")] = None,
     at: Annotated[str, typer.Option(help="To this time (RFC 3339 with a zone). Neither: to the latest.")] = "",
+    clean: Annotated[str, typer.Option(metavar="TASK", help="To what this search (find-clean) has found.")] = "",
     reverse: Annotated[bool, typer.Option(help="Whether replication back is wanted after the commit.")] = True,
     no_wait: NoWait = False,
 ) -> None:
     """Fail over: the recovered disks are served, writable. Can be rolled back."""
-    if checkpoint is not None and at:
-        raise InvalidError("both a checkpoint and a time are given", "Give one of --checkpoint and --at.")
-    request = FailoverRequest(target=target, checkpoint=checkpoint, at_ns=time_or_none(at), reverse=reverse)
+    if (checkpoint is not None) + bool(at) + bool(clean) > 1:
+        raise InvalidError("more than one time is given", "Give one of --checkpoint, --at and --clean.")
+    at_ns = time_or_none(at)
+    if clean:
+        found = _found(call, vpg, clean)
+        if target not in (None, found.target):
+            raise InvalidError(f"the search was at target {found.target}", "Leave --target out, or name that one.")
+        target, at_ns = found.target, found.clean_ns
+    request = FailoverRequest(target=target, checkpoint=checkpoint, at_ns=at_ns, reverse=reverse)
     task = call.client.failover(vpg, request)
     if no_wait:
         call.task(task, no_wait=True, done="")
@@ -36,6 +44,18 @@ def start(
     ended = call.wait(task)
     served = [test for test in call.client.tests(vpg) if test.task == ended.id]
     call.out.rows(served, "id at_ns status uris note problem")
+
+
+def _found(call: Call, vpg: str, search: str) -> CleanPoint:
+    task = call.client.task(search)
+    if task.type != "clean.find" or task.vpg != vpg:
+        raise InvalidError(f"task {search} is not a search for a clean time of {vpg}", "See dr-cloud find-clean.")
+    if task.completion is not CompletionCode.SUCCESS or task.result is None:
+        raise InvalidError(f"search {search} has not come to its end", f"See dr-cloud task show {search}")
+    found = CleanPoint.model_validate(task.result)
+    if found.clean_ns is None:
+        raise InvalidError(f"search {search} has found no clean time", "Search from an earlier time on.")
+    return found
 
 
 @command(app, "rollback")

@@ -14,7 +14,7 @@ from dr_cloud.cli.lazy import lazy_group
 from dr_cloud.model.errors import DrCloudError, ForbiddenError
 
 COMMANDS: Final = {
-    name: f"dr_cloud.cli.{name}"
+    name: f"dr_cloud.cli.{name.replace('-', '_')}"
     for name in (
         "alert",
         "audit",
@@ -23,6 +23,7 @@ COMMANDS: Final = {
         "demo",
         "enterprise",
         "failover",
+        "find-clean",
         "health",
         "host",
         "keyring",

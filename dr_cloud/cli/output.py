@@ -82,6 +82,11 @@ class Output:
         else:
             self._console.print(Text(sentence), soft_wrap=True)
 
+    def note(self, sentence: str) -> None:
+        """Tell people something on the way to the answer; programs get the answer only."""
+        if not self.as_json:
+            self._console.print(Text(sentence), soft_wrap=True)
+
     def rows(self, rows: Iterable[Any], columns: str) -> None:
         """Print a list; people see the columns that are named, `a b.c`."""
         plain = [_plain(row) for row in rows]

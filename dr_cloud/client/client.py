@@ -36,23 +36,8 @@ _WAIT_SECONDS: Final = 20.0
 """How long one request for a wait may take; longer waits ask again."""
 
 
-def _path(*parts: str) -> str:
-    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
-
-
-def _dump(body: BaseModel | None) -> Any:
-    return None if body is None else body.model_dump(mode="json", by_alias=True)
-
-
-class Client:
+class Client(DrillCalls):
     """A caller of one provider's API. Not for several threads at once."""
-
-    def __init__(
-        self, url: str, token: str, *, ca_pem: str = "", enterprise: str = "-", timeout_seconds: float = 30.0
-    ) -> None:
-        """Prepare for calls to `url`. `ca_pem` is the provider's CA; empty trusts the machine's."""
-        self.enterprise_name = enterprise
-        self._session = Session(url, token, ca_pem=ca_pem, timeout_seconds=timeout_seconds)
 
     def __enter__(self) -> Client:
         return self
@@ -68,33 +53,6 @@ class Client:
 
     # What follows is short because each operation is one line: method, path, record.
 
-    def _get(self, kind: type[M], path: str, parameters: Parameters | None = None) -> M:
-        return kind.model_validate_json(self._session.call("GET", path, parameters=parameters).content)
-
-    def _pages(self, kind: type[M], path: str, parameters: Parameters | None = None) -> Iterator[M]:
-        answer = self._session.call("GET", path, parameters={"limit": _PAGE} | dict(parameters or {}))
-        while True:
-            yield from c.Page[kind].model_validate_json(answer.content).items  # type: ignore[valid-type]
-            following = next_path(answer)
-            if following is None:
-                return
-            answer = self._session.call("GET", following)
-
-    def _send(
-        self,
-        kind: type[M],
-        method: str,
-        path: str,
-        body: BaseModel | dict[str, Any] | None = None,
-        parameters: Parameters | None = None,
-    ) -> M:
-        document = _dump(body) if isinstance(body, BaseModel) else body
-        answer = self._session.call(method, path, parameters=parameters, body=document, creates=method != "PATCH")
-        return kind.model_validate_json(answer.content)
-
-    def _own(self, *parts: str) -> str:
-        return _path("enterprises", self.enterprise_name, *parts)
-
     @property
     def _narrow(self) -> dict[str, str | None]:
         return {"enterprise": None if self.enterprise_name == "-" else self.enterprise_name}
@@ -103,15 +61,15 @@ class Client:
 
     def enterprises(self) -> Iterator[c.Enterprise]:
         """List enterprises."""
-        return self._pages(c.Enterprise, _path("enterprises"))
+        return self._pages(c.Enterprise, path_of("enterprises"))
 
     def register_enterprise(self, config: EnterpriseConfig) -> c.Enterprise:
         """Register an enterprise."""
-        return self._send(c.Enterprise, "POST", _path("enterprises"), config)
+        return self._send(c.Enterprise, "POST", path_of("enterprises"), config)
 
     def enterprise(self, name: str = "") -> c.Enterprise:
         """Show an enterprise; the client's own if it is not named."""
-        return self._get(c.Enterprise, _path("enterprises", name) if name else self._own())
+        return self._get(c.Enterprise, path_of("enterprises", name) if name else self._own())
 
     def update_enterprise(self, update: c.EnterpriseUpdate) -> c.Enterprise:
         """Change what is told of the enterprise."""
@@ -119,19 +77,19 @@ class Client:
 
     def remove_enterprise(self, name: str) -> None:
         """Remove an enterprise that has no VPGs."""
-        self._session.call("DELETE", _path("enterprises", name))
+        self._session.call("DELETE", path_of("enterprises", name))
 
     def tokens(self) -> Iterator[c.Token]:
         """List tokens."""
-        return self._pages(c.Token, _path("tokens"), self._narrow)
+        return self._pages(c.Token, path_of("tokens"), self._narrow)
 
     def create_token(self, request: c.TokenRequest) -> c.NewToken:
         """Make a token."""
-        return self._send(c.NewToken, "POST", _path("tokens"), request)
+        return self._send(c.NewToken, "POST", path_of("tokens"), request)
 
     def revoke_token(self, token: str) -> c.Token:
         """Revoke a token."""
-        return self._send(c.Token, "DELETE", _path("tokens", token))
+        return self._send(c.Token, "DELETE", path_of("tokens", token))
 
     def create_pairing(self, site: str, lifetime_seconds: int = 3600) -> c.NewPairing:
         """Make a one-time pairing token for a site."""
@@ -144,7 +102,7 @@ class Client:
 
     def pair(self, request: PairRequest) -> PairAnswer:
         """Exchange a pairing secret for a certificate; the client needs no token for it."""
-        return self._send(PairAnswer, "POST", _path("pair"), request)
+        return self._send(PairAnswer, "POST", path_of("pair"), request)
 
     # sites, data centers, hosts
 
@@ -182,30 +140,30 @@ class Client:
 
     def data_centers(self) -> Iterator[c.DataCenter]:
         """List data centers."""
-        return self._pages(c.DataCenter, _path("data-centers"))
+        return self._pages(c.DataCenter, path_of("data-centers"))
 
     def data_center(self, name: str) -> c.DataCenter:
         """Show a data center."""
-        return self._get(c.DataCenter, _path("data-centers", name))
+        return self._get(c.DataCenter, path_of("data-centers", name))
 
     def center_hosts(self, data_center: str, vdsa: c.VdsaState | None = None) -> list[c.Host]:
         """List a data center's hosts."""
-        answer = self._session.call("GET", _path("data-centers", data_center, "hosts"), parameters={"vdsa": vdsa})
+        answer = self._session.call("GET", path_of("data-centers", data_center, "hosts"), parameters={"vdsa": vdsa})
         return [c.Host.model_validate(item) for item in answer.json()]
 
     def deploy_center_vdsa(self, data_center: str, host: str, deployment: c.VdsaDeployment) -> Task:
         """Deploy a VDSA on a data center's host."""
-        return self._send(Task, "POST", _path("data-centers", data_center, "hosts", host, "vdsa"), deployment)
+        return self._send(Task, "POST", path_of("data-centers", data_center, "hosts", host, "vdsa"), deployment)
 
     def undeploy_center_vdsa(self, data_center: str, host: str) -> Task:
         """Undeploy the VDSA of a data center's host."""
-        return self._send(Task, "DELETE", _path("data-centers", data_center, "hosts", host, "vdsa"))
+        return self._send(Task, "DELETE", path_of("data-centers", data_center, "hosts", host, "vdsa"))
 
     # protection groups
 
     def vpgs(self, which: c.VpgFilter = c.VpgFilter()) -> Iterator[c.Vpg]:
         """List protection groups."""
-        return self._pages(c.Vpg, self._own("vpgs"), _dump(which))
+        return self._pages(c.Vpg, self._own("vpgs"), dump(which))
 
     def create_vpg(self, settings: VpgSettings) -> Task:
         """Create a protection group."""
@@ -271,7 +229,7 @@ class Client:
         self, vpg: str, target: str | None = None, which: c.CheckpointFilter = c.CheckpointFilter()
     ) -> Iterator[c.CheckpointView]:
         """List a protection group's checkpoints."""
-        parameters = _dump(which) | {"target": target}
+        parameters = dump(which) | {"target": target}
         return self._pages(c.CheckpointView, self._own("vpgs", vpg, "checkpoints"), parameters)
 
     def writes(
@@ -310,6 +268,10 @@ class Client:
         """Start recovery tests, one at each of the times."""
         return self._send(Task, "POST", self._own("vpgs", vpg, "tests"), request)
 
+    def find_clean(self, vpg: str, request: r.CleanRequest) -> Task:
+        """Search the last clean time; the task's result is a `CleanPoint`, as it grows."""
+        return self._send(Task, "POST", self._own("vpgs", vpg, "find-clean"), request)
+
     def tests(self, vpg: str | None = None) -> Iterator[r.RecoveryTest]:
         """List recovery tests."""
         return self._pages(r.RecoveryTest, self._own("tests"), {"vpg": vpg})
@@ -331,11 +293,11 @@ class Client:
 
     def tasks(self, vpg: str | None = None, status: TaskStatus | None = None) -> Iterator[Task]:
         """List tasks."""
-        return self._pages(Task, _path("tasks"), self._narrow | {"vpg": vpg, "status": status})
+        return self._pages(Task, path_of("tasks"), self._narrow | {"vpg": vpg, "status": status})
 
     def task(self, task: str) -> Task:
         """Show a task."""
-        return self._get(Task, _path("tasks", task))
+        return self._get(Task, path_of("tasks", task))
 
     def wait_task(
         self,
@@ -350,7 +312,7 @@ class Client:
             on_progress(seen)
             return seen.completion is not CompletionCode.NOT_AVAILABLE
 
-        return self._wait(Task, _path("tasks", task, "wait"), ended, timeout_seconds, poll_seconds)
+        return self._wait(Task, path_of("tasks", task, "wait"), ended, timeout_seconds, poll_seconds)
 
     def wait(self, task: Task, timeout_seconds: float = 600.0) -> Task:
         """Wait for what an operation returned. Raises `LimitError` if it has not ended in time."""
@@ -361,7 +323,7 @@ class Client:
 
     def abort_task(self, task: str) -> Task:
         """Abort a task."""
-        return self._send(Task, "POST", _path("tasks", task, "abort"))
+        return self._send(Task, "POST", path_of("tasks", task, "abort"))
 
     def collect_logs(self, request: c.LogRequest) -> Task:
         """Collect logs into an archive."""
@@ -369,40 +331,40 @@ class Client:
 
     def log_archive(self, task: str) -> bytes:
         """Download the archive of a collection that is done."""
-        return self._session.call("GET", _path("tasks", task, "archive"), timeout_seconds=300.0).content
+        return self._session.call("GET", path_of("tasks", task, "archive"), timeout_seconds=300.0).content
 
     # rights
 
     def rights_state(self) -> RightsState:
         """Tell how the rights manager stands."""
-        return self._get(RightsState, _path("rights"))
+        return self._get(RightsState, path_of("rights"))
 
     def rights_matrix(self) -> list[d.EnterpriseRights]:
         """Tell which enterprise's data may come to which data center."""
-        answer = self._session.call("GET", _path("rights", "matrix"))
+        answer = self._session.call("GET", path_of("rights", "matrix"))
         return [d.EnterpriseRights.model_validate(item) for item in answer.json()]
 
     def explain(self, enterprise: str = "") -> d.EnterpriseRights:
         """Tell where an enterprise's data may come to; the client's own if it is not named."""
-        path = _path("enterprises", enterprise, "rights") if enterprise else self._own("rights")
+        path = path_of("enterprises", enterprise, "rights") if enterprise else self._own("rights")
         return self._get(d.EnterpriseRights, path)
 
     def policies(self) -> Iterator[d.PolicyRevision]:
         """List the policies that were put in force, newest first."""
-        return self._pages(d.PolicyRevision, _path("rights", "policies"))
+        return self._pages(d.PolicyRevision, path_of("rights", "policies"))
 
     def apply_policies(self, change: d.PolicyChange) -> d.PolicyRevision:
         """Put other policies in force."""
-        return self._send(d.PolicyRevision, "POST", _path("rights", "policies"), change)
+        return self._send(d.PolicyRevision, "POST", path_of("rights", "policies"), change)
 
     def what_if(self, change: d.PolicyChange) -> list[WhatIf]:
         """Tell what a change of policies would stop or free."""
-        answer = self._session.call("POST", _path("rights", "what-if"), body=_dump(change), timeout_seconds=300.0)
+        answer = self._session.call("POST", path_of("rights", "what-if"), body=dump(change), timeout_seconds=300.0)
         return [WhatIf.model_validate(item) for item in answer.json()]
 
     def rights_bundle(self) -> tuple[str, bytes]:
         """Download (revision, the newest signed bundle)."""
-        answer = self._session.call("GET", _path("rights", "bundle"))
+        answer = self._session.call("GET", path_of("rights", "bundle"))
         return answer.headers["etag"].strip('"'), answer.content
 
     def decisions(self) -> Iterator[d.Decision]:
@@ -418,15 +380,15 @@ class Client:
 
     def health(self) -> w.Health:
         """Tell how everything stands."""
-        return self._get(w.Health, _path("health"), self._narrow)
+        return self._get(w.Health, path_of("health"), self._narrow)
 
     def alerts(self, cleared: bool = False) -> Iterator[w.Alert]:
         """List alerts."""
-        return self._pages(w.Alert, _path("alerts"), self._narrow | {"cleared": cleared})
+        return self._pages(w.Alert, path_of("alerts"), self._narrow | {"cleared": cleared})
 
     def audit(self) -> Iterator[w.AuditEntry]:
         """List what was changed, or tried to be."""
-        return self._pages(w.AuditEntry, _path("audit"), self._narrow)
+        return self._pages(w.AuditEntry, path_of("audit"), self._narrow)
 
     def events(self, after: int | None = None) -> Iterator[w.Event]:
         """Follow what changes, for ever, from now or from after an event's number; comes back after a cut by itself."""

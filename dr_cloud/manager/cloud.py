@@ -9,10 +9,11 @@ Purpose
 Layout
     `tables` and `db` the schema · `tenancy` the one place that every query passes · `access` who may do what ·
     `operations` what all share (audit, idempotency, paging) · `enterprises`, `pairing`, `sites`, `vpgs`, `checkpoints`,
-    `recovery_tests`, `probing`, `failover`, `clean`, `drills`, `testreports`, `rights`, `reports` the operations · `watch` reports that come in, `dispatch`
-    and `publish` orders that go out · `protect`, `placement`, `orders`, `questions`, `health` pure decisions · `desk`
-    where the rights manager is asked, `record` what it answered, `policies` what it decides by · `tasks`, `registry`,
-    `monitor`, `tending`, `standing` what runs by itself, in `rounds` · `fabric` the world outside.
+    `recovery_tests`, `probing`, `failover`, `clean`, `drills`, `testreports`, `rights`, `reports` the operations ·
+    `watch` reports that come in, `dispatch` and `publish` orders that go out · `protect`, `placement`, `orders`,
+    `questions`, `health` pure decisions · `desk` where the rights manager is asked, `record` what it answered,
+    `policies` what it decides by · `tasks`, `registry`, `monitor`, `tending`, `standing` what runs by itself, in
+    `rounds` · `fabric` the world outside.
 
 Consistency
     A change and its audit row are one transaction. Orders are computed from rows when they are asked for, so nobody is
@@ -36,6 +37,7 @@ from typing import Final
 from sqlalchemy import Engine, select
 
 from dr_cloud.manager import tables
+from dr_cloud.manager.clean import CleanSearches
 from dr_cloud.manager.db import migrate
 from dr_cloud.manager.desk import Desk
 from dr_cloud.manager.drills import ROUND_SECONDS as DRILL_SECONDS
@@ -72,7 +74,7 @@ SYSTEM: Final = Principal(id="system", name="the provider itself", role=Role.PRO
 FOLLOW_SECONDS: Final = 60.0
 
 
-class Cloud(Enterprises, Sites, Failover, Probing, Drills, TestReports, Reports):
+class Cloud(Enterprises, Sites, Failover, Probing, CleanSearches, Drills, TestReports, Reports):
     """All operations."""
 
     def __init__(
@@ -142,6 +144,7 @@ class Cloud(Enterprises, Sites, Failover, Probing, Drills, TestReports, Reports)
         self._register_test_tasks()
         self._register_probe_tasks()
         self._register_failover_tasks()
+        self._register_clean_tasks()
         self._register_log_tasks()
         self.monitor = Monitor(context, answers_for)
         self.drill_rounds = Rounds("drills", DRILL_SECONDS, [self.look_at_drills])
