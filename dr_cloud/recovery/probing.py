@@ -76,11 +76,14 @@ class Probing:
         self._results: list[ProbeResult] = []
         try:
             self._folder, self._lock = make_folder(place, _PREFIX)
+            # The folder itself is locked by its lock; the runner's has locks of its own.
+            self._work_dir = self._folder / "work"
+            self._work_dir.mkdir(mode=0o700)
         except OSError as error:
             raise UnavailableError(
                 f"the node's folder for probes cannot be used: {error.strerror}", "Make room there; try again."
             ) from error
-        self._runner = ProbeRunner(self._folder, limits or ProbeLimits(), self._stop)
+        self._runner = ProbeRunner(self._work_dir, limits or ProbeLimits(), self._stop)
         self._thread = threading.Thread(target=self._run, name="probes", daemon=True)
         self._thread.start()
 
@@ -138,14 +141,14 @@ class Probing:
                 notes.append(f"{artefact.path} is left out: of its {artefact.size_bytes} bytes {room} may be kept")
                 continue
             try:
-                self._keep(artefact.path, (self._folder / artefact.path).read_bytes())
+                self._keep(artefact.path, (self._work_dir / artefact.path).read_bytes())
             except (DrCloudError, OSError) as error:
                 log.warning("probe.artefact_not_kept", probe=result.probe, error=str(error))
                 notes.append(f"{artefact.path} is left out: {_why(error)}")
             else:
                 self._kept_bytes += artefact.size_bytes
                 kept.append(artefact)
-        shutil.rmtree(self._folder / result.probe, ignore_errors=True)
+        shutil.rmtree(self._work_dir / result.probe, ignore_errors=True)
         output = "\n".join([*([result.output.rstrip("\n")] if result.output else []), *notes])
         return result.model_copy(update={"artefacts": kept, "output": output if notes else result.output})
 
