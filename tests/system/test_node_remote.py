@@ -1,4 +1,4 @@
-"""A test's disks for machines elsewhere: outside clients over TLS with the test's credential, and all that is refused."""
+"""A test's disks for machines elsewhere: outside clients with its credential, and all that is refused."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_all_others_are_refused(node: Node, run: Run, tmp_path: Path) -> None:
         for name, text in (files | {"ca-cert.pem": attachment.files["ca-cert.pem"]}).items():
             (folder / name).write_text(text)
         run("nbdinfo", f"{plain_uri}?tls-certificates={folder}", fails=True)
-        with pytest.raises(OSError):  # noqa: PT011
+        with pytest.raises(OSError):
             NbdClient.connect(plain_uri, tls=client_context(folder))
     run("nbdinfo", plain_uri.replace("nbds:", "nbd:"), fails=True)
     run("nbdinfo", "--list", plain_uri.replace("nbds:", "nbd:"), fails=True)
