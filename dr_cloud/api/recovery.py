@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel
 
 from dr_cloud.api.deps import IdPart, Linked, Manager, NamePart, OnlyOnce, Tenant, Who, part
 from dr_cloud.model import cloud as c
 from dr_cloud.model import recovery as r
+from dr_cloud.model.probe import PROBE_NAME
 from dr_cloud.model.provider import Name
 from dr_cloud.model.task import Task
 
@@ -23,6 +24,16 @@ class TestQuery(c.PageRequest):
 
     __test__ = False
     vpg: Name | None = None
+
+
+ProbePart = Annotated[str, Path(pattern=f"^{PROBE_NAME}$")]
+FilePart = Annotated[str, Path(min_length=1, max_length=255)]
+
+
+class FileResponse(Response):
+    """A file of whatever kind, to be kept and not to be shown."""
+
+    media_type = "application/octet-stream"
 
 
 class Discarded(BaseModel):
@@ -81,6 +92,21 @@ def tests(
 def test(cloud: Manager, who: Who, enterprise: Tenant, test: IdPart) -> r.RecoveryTest:
     """Show one recovery test (FailoverTestInfo): its time, where its disks are served, its verdict."""
     return cloud.test(who, enterprise, test)
+
+
+@router.get(_TESTS + "/{test}/credential", tags=["recovery tests"])
+def test_credential(cloud: Manager, who: Who, enterprise: Tenant, test: IdPart) -> r.TestCredential:
+    """Get what a client needs to attach the disks of a remote test; it ends with the test."""
+    return cloud.test_credential(who, enterprise, test)
+
+
+@router.get(_TESTS + "/{test}/artefacts/{probe}/{file}", response_class=FileResponse, tags=["recovery tests"])
+def test_artefact(
+    cloud: Manager, who: Who, enterprise: Tenant, test: IdPart, probe: ProbePart, file: FilePart
+) -> Response:
+    """Download a file that a probe of a test left: a screenshot, a console."""
+    content = cloud.test_artefact(who, enterprise, test, f"{probe}/{file}")
+    return FileResponse(content, headers={"Content-Disposition": "attachment"})
 
 
 @router.post(_TESTS + "/{test}/stop", status_code=202, tags=["recovery tests"])
