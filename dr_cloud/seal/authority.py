@@ -155,7 +155,7 @@ class Authority:
             .public_key(key)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            # Not critical: QEMU before 10.1 otherwise wants key encipherment, which EC keys must not have (RFC 8813).
+            # Not critical: else older QEMU and libvirt want key encipherment, which EC keys must not have (RFC 8813).
             .add_extension(_key_usage(ca=False), critical=False)
             .add_extension(x509.ExtendedKeyUsage(uses), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
