@@ -22,13 +22,14 @@ from dr_cloud.model.cloud import CheckpointOrder, LogRequest, SiteUpdate, TokenR
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import PairingToken
 from dr_cloud.model.principal import Principal, Role
-from dr_cloud.model.recovery import TestsRequest
+from dr_cloud.model.probe import ProbeSpec
+from dr_cloud.model.recovery import DrillSettings, TestsRequest
 from dr_cloud.seal.identity import new_key_and_csr
 
 MARKER = "zeta"
 Names = dict[str, str]
 
-OPEN = {"pair"}
+OPEN = {"pair", "report_key"}
 """Needs no token."""
 VPG_BODY = {
     "name": "{fresh}",
@@ -54,7 +55,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "insert_checkpoint": {"tag": "x"},
     "failover": {"target": "{target}"},
     "start_tests": {"target": "{target}", "times_ns": [1]},
+    "find_clean": {"target": "{target}", "since_ns": 1, "until_ns": 2, "probes": [{"kind": "entropy"}]},
     "stop_test": {"verdict": "pass"},
+    "put_drill": {"name": "fresh", "schedule": "0 3 * * 1", "target": "{target}", "probes": [{"kind": "entropy"}]},
     "collect_logs": {"site": "{site}"},
     "apply_policies": {},
     "what_if": {},
@@ -62,7 +65,12 @@ BODIES: dict[str, dict[str, Any]] = {
 """By operation, a body that names all that it can name."""
 PROVIDERS = {"target_host": "compute", "datastore": "gold", "data_center": "us-east", "fresh": "fresh"}
 """Names that are nobody's alone."""
-QUERIES = {"discard_tests": "?count=1", "wait_task": "?timeout_seconds=0", "wait_checkpoint": "?timeout_seconds=0"}
+QUERIES = {
+    "discard_tests": "?count=1",
+    "tests_report": "?task=nothing",
+    "wait_task": "?timeout_seconds=0",
+    "wait_checkpoint": "?timeout_seconds=0",
+}
 
 
 def filled(template: Any, names: Names) -> Any:
@@ -139,6 +147,9 @@ class ApiWorld:
             who, enterprise, vpgs[0], TestsRequest(times_ns=[checkpoints[3].time_ns], note=f"{mark} note")
         )
         self.world.done(started, enterprise)
+        probes = [ProbeSpec(kind="entropy")]
+        drill = DrillSettings(name=f"{mark}-drill", schedule="0 3 * * 1", note=f"{mark} drill", probes=probes)
+        self.cloud.put_drill(who, enterprise, vpgs[0], drill)
         inserted = self.cloud.insert_checkpoint(who, enterprise, vpgs[0], CheckpointOrder(tag=f"{mark}-tag"))
         logs = self.world.done(
             self.cloud.collect_logs(who, enterprise, LogRequest(site=f"{enterprise}-hq")), enterprise
@@ -154,7 +165,10 @@ class ApiWorld:
             "vpg": vpgs[0],
             "target": target,
             "test": self.cloud.tests(who, enterprise).items[0].id,
+            "probe": f"{mark}-probe",
+            "file": "console",
             "task": logs.id,
+            "drill": drill.name,
             "id": inserted.id,
             "token": token.token.id,
             "target_site": f"{enterprise}-hq" if enterprise == "brit" else "us-east",

@@ -17,7 +17,7 @@ from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
-from dr_cloud.api import enterprises, problems, recovery, rights, sites, tasks, vpgs, watch
+from dr_cloud.api import drills, enterprises, problems, recovery, rights, sites, tasks, vpgs, watch
 from dr_cloud.api.deps import refuse_nul
 from dr_cloud.api.headers import RequestHeaders
 from dr_cloud.manager.cloud import Cloud
@@ -66,7 +66,7 @@ def make_app(cloud: Cloud) -> FastAPI:
         generate_unique_id_function=_operation_name,
     )
     app.state.cloud = cloud
-    for module in (enterprises, sites, vpgs, recovery, tasks, rights, watch):
+    for module in (enterprises, sites, vpgs, drills, recovery, tasks, rights, watch):
         app.include_router(module.router, prefix="/v1", dependencies=[Depends(refuse_nul)])
     problems.install(app)
     app.add_middleware(RequestHeaders)

@@ -10,6 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from dr_cloud.cli.lazy import group
+from dr_cloud.cli.report import make
 from dr_cloud.cli.rest import Call, NoWait, check_new, command, write_new
 from dr_cloud.model.errors import DrCloudError, InvalidError
 from dr_cloud.model.recovery import LIFETIME_SECONDS, TEST_TIMES_MAX, RecoveryTest, StopTest, TestsRequest, Verdict
@@ -23,6 +24,8 @@ Vpg = Annotated[str, typer.Argument(help="The protection group.")]
 TestId = Annotated[str, typer.Argument(help="The test's id.")]
 _COLUMNS = "id vpg target origin status at_ns seconds rto_seconds probes verdict verdict_note problem"
 _LOOK_SECONDS: Final = 1.0
+
+command(app, "report")(make)
 
 
 @command(app, "start")

@@ -10,13 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Final, TypeVar
-from urllib.parse import quote
+from typing import Final
 
-from pydantic import BaseModel
-
+from dr_cloud.client.calls import M, dump, path_of
+from dr_cloud.client.drills import DrillCalls
 from dr_cloud.client.events import EventSource
-from dr_cloud.client.session import Parameters, Session, next_path
 from dr_cloud.model import cloud as c
 from dr_cloud.model import decision as d
 from dr_cloud.model import recovery as r
@@ -29,9 +27,6 @@ from dr_cloud.model.rights import RightsState, WhatIf
 from dr_cloud.model.task import CompletionCode, Task, TaskStatus
 from dr_cloud.model.vpg import ProtectedServer, VpgSettings, VpgState, VpgStatus
 
-M = TypeVar("M", bound=BaseModel)
-_PAGE: Final = 200
-"""How much of a list is fetched at a time."""
 _WAIT_SECONDS: Final = 20.0
 """How long one request for a wait may take; longer waits ask again."""
 
@@ -283,6 +278,16 @@ class Client(DrillCalls):
     def stop_test(self, test: str, how: r.StopTest) -> Task:
         """Stop one test."""
         return self._send(Task, "POST", self._own("tests", test, "stop"), how)
+
+    def test_credential(self, test: str) -> r.TestCredential:
+        """Get what a client needs to attach the disks of a remote test."""
+        return self._get(r.TestCredential, self._own("tests", test, "credential"))
+
+    def test_artefact(self, test: str, path: str) -> bytes:
+        """Download a file that a probe of a test left, `<probe>/<file>`."""
+        probe, _, file = path.partition("/")
+        place = self._own("tests", test, "artefacts", probe, file)
+        return self._session.call("GET", place, timeout_seconds=300.0).content
 
     def discard_tests(self, vpg: str, count: int) -> int:
         """Forget the oldest tests that have ended; returns how many."""

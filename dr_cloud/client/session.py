@@ -38,7 +38,7 @@ _ERRORS: Final[dict[int, type[DrCloudError]]] = {
 }
 _NEXT: Final = re.compile(r'<([^>]*)>; rel="next"')
 
-Parameters = Mapping[str, str | int | float | bool | None]
+Parameters = Mapping[str, str | int | float | bool | list[str] | None]
 
 
 def tls_context(ca_pem: str) -> ssl.SSLContext:

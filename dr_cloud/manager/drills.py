@@ -90,12 +90,11 @@ class Drills(RecoveryTests):
 
     _answers_for: Callable[[str], bool]
 
-    def put_drill(self, who: Principal, enterprise: str, vpg: str, drill: str, settings: DrillSettings) -> Drill:
-        """Make a drill, or give it other settings. It is the caller's from now on, and due by its schedule next."""
+    def put_drill(self, who: Principal, enterprise: str, vpg: str, settings: DrillSettings) -> Drill:
+        """Make a drill, or give the one of that name other settings. It acts as the caller from now on."""
+        drill = settings.name
         with self._change(who, "drill.put", enterprise, f"drill {vpg}/{drill}") as change:
             owner = self._row(change.session, enterprise, vpg)
-            if settings.name != drill:
-                raise InvalidError(f"the settings are those of {settings.name!r}", f"Name the drill {drill!r} in them.")
             with_names(settings.probes)  # refuses two of one name
             self._servable(owner, settings.target)
             due_ns = next_due_ns(settings.schedule, change.now_ns)
