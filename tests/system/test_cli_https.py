@@ -122,14 +122,14 @@ def test_recovery_tests_by_command(provider: Provider) -> None:
     assert sorted(format_time(test["at_ns"]) for test in tests) == times
     assert all(test["uris"]["sda"] for test in tests)
     stopped = run_cli("test", "stop", tests[0]["id"], "--verdict", "pass", "--note", "fsck", "--json").json
-    assert (stopped["status"], stopped["verdict"], stopped["verdict_note"]) == ("stopped", "passed", "fsck")
+    assert (stopped["status"], stopped["verdict"], stopped["verdict_note"]) == ("stopped", "pass", "fsck")
     assert run_cli("test", "show", tests[1]["id"], "--json").json["status"] == "running"
     table = run_cli("test", "list", "erp").stdout
     assert times[0].removesuffix("Z") in table
     for test in run_cli("test", "list", "erp", "--json").json:
         if test["status"] == "running":
             assert run_cli("test", "stop", test["id"]).code == 0
-    assert run_cli("test", "discard", "erp", "--count", "2", "--json").json == {"discarded": 2}
+    assert run_cli("test", "discard-old", "erp", "--count", "2", "--json").json == {"discarded": 2}
     failed_over = run_cli("failover", "start", "erp", "--at", times[0], "--json")
     assert failed_over.code == 0, failed_over.stderr
     assert [test["kind"] for test in failed_over.json] == ["failover"]
