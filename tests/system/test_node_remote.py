@@ -142,7 +142,7 @@ def test_the_credential_ends_with_the_test(node: Node, run: Run, tmp_path: Path)
     """R14.5: it is in no file and no text of the node, and the next test of the same process has another."""
     stack = node.open("first", HOST)
     credential, attachment = attached("first", stack, tmp_path / "certs")
-    key = credential.key.splitlines()[1]
+    key = credential.key.splitlines()[2]
     assert key not in repr(credential) + repr(attachment) + repr(stack.opened())
     for path in node.settings.work_dir.parent.rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes()
