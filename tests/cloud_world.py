@@ -16,7 +16,7 @@ from typing import Any
 from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.db import open_engine
 from dr_cloud.manager.fabric import ProbeProgress, ServedStack
-from dr_cloud.model.cloud import LogRequest, Route, TokenRequest
+from dr_cloud.model.cloud import CheckpointFilter, LogRequest, Route, TokenRequest
 from dr_cloud.model.errors import DrCloudError, NotFoundError, TimeOutOfRangeError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, Disk, Write
@@ -151,9 +151,15 @@ class QuietFabric:
     def undeploy_vdsa(self, data_center: str, host: str) -> None:
         self._call("undeploy_vdsa", data_center, host)
 
-    def checkpoints(self, route: Route) -> Sequence[Checkpoint]:
+    def checkpoints(
+        self,
+        route: Route,
+        which: CheckpointFilter = CheckpointFilter(),
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> Sequence[Checkpoint]:
         self._call("checkpoints", *route.scope)
-        return list(self.journals.get(route.scope, []))
+        return which.newest(self.journals.get(route.scope, []), before, limit)
 
     def writes(self, route: Route, since_ns: int, until_ns: int, limit: int) -> Sequence[Write]:
         """One write for each checkpoint, a nanosecond before it."""

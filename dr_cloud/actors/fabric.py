@@ -28,7 +28,7 @@ from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.actors.vdsa import Vdsa
 from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.fabric import ProbeProgress, ServedStack
-from dr_cloud.model.cloud import PAGE_LIMIT_MAX, LogRequest, PageRequest, Route
+from dr_cloud.model.cloud import PAGE_LIMIT_MAX, CheckpointFilter, LogRequest, PageRequest, Route
 from dr_cloud.model.errors import DrCloudError, InvalidError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan, PlacedImage, PlacedWrite, Write
@@ -214,10 +214,18 @@ class RayFabric:
             )
         return self._target_vdsa(route)
 
-    def checkpoints(self, route: Route) -> Sequence[Checkpoint]:
-        """Return every checkpoint of a scope, ascending."""
+    def checkpoints(
+        self,
+        route: Route,
+        which: CheckpointFilter = CheckpointFilter(),
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> Sequence[Checkpoint]:
+        """Return the newest `limit` wanted checkpoints of a scope, ascending; see `CheckpointFilter.newest`."""
         vdsa = self._vdsa_of(route)
-        found: list[Checkpoint] = ask_again(lambda: vdsa.checkpoints.remote(_orders(route)), "the VDSA", PLAN_SECONDS)
+        found: list[Checkpoint] = ask_again(
+            lambda: vdsa.checkpoints.remote(_orders(route), which, before, limit), "the VDSA", PLAN_SECONDS
+        )
         return found
 
     def writes(self, route: Route, since_ns: int, until_ns: int, limit: int) -> Sequence[Write]:

@@ -44,6 +44,7 @@ from dr_cloud.journal.catalogue import Catalogue
 from dr_cloud.journal.reader import JournalReader
 from dr_cloud.journal.writes import images_at, list_writes, writes_at
 from dr_cloud.link.stream import MessageStream
+from dr_cloud.model.cloud import CheckpointFilter
 from dr_cloud.model.errors import DrCloudError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import Checkpoint, ImagePlan, PlacedImage, PlacedWrite, Write
@@ -303,10 +304,17 @@ class Vdsa:
 
         return [plan(at_ns) for at_ns in times_ns]
 
-    def checkpoints(self, target: TargetOrders) -> list[Checkpoint]:
-        """Return every checkpoint of a scope, ascending."""
+    def checkpoints(
+        self,
+        target: TargetOrders,
+        which: CheckpointFilter = CheckpointFilter(),
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> list[Checkpoint]:
+        """Return the newest `limit` wanted checkpoints of a scope, ascending; see `CheckpointFilter.newest`."""
         self.admit([target])
-        return list(self._loop.call(self._vdsa.catalogue(target.scope)).checkpoints)
+        catalogue = self._loop.call(self._vdsa.catalogue(target.scope))
+        return which.newest(catalogue.checkpoints, before, limit)
 
     def checkpoint(
         self, scope: Scope, tag: str, description: str = "", wait_seconds: float | None = 30.0, request: str = ""

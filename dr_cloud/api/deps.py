@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from fastapi import Depends, Header, Path, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from dr_cloud.manager.cloud import Cloud
 from dr_cloud.model.cloud import Page, PageRequest
@@ -82,8 +83,10 @@ async def _secret(credentials: Annotated[HTTPAuthorizationCredentials | None, De
 Secret = Annotated[str, Depends(_secret)]
 
 
-def _who(request: Request, cloud: Manager, secret: Secret) -> Principal:
-    who = cloud.authenticate(secret)
+async def _who(request: Request, cloud: Manager, secret: Secret) -> Principal:
+    who = cloud.known_caller(secret)
+    if who is None:
+        who = await run_in_threadpool(cloud.authenticate, secret)
     request.state.principal = who.id
     return who
 

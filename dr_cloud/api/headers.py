@@ -70,7 +70,9 @@ class RequestHeaders:
         try:
             await self._app(scope, receive_bounded, send_with_headers)
         finally:
-            _LOG.info(
+            # Reads that went well are told to the file alone: people look for what was changed, or went wrong.
+            tell = _LOG.debug if scope["method"] == "GET" and 0 < status < 400 else _LOG.info
+            tell(
                 "request",
                 request_id=request_id,
                 method=scope["method"],

@@ -32,7 +32,10 @@ from dr_cloud.model.cloud import (
 from dr_cloud.model.errors import ConflictError, DrCloudError
 from dr_cloud.model.journal import Checkpoint, Write
 from dr_cloud.model.principal import Principal
-from dr_cloud.model.units import TIME_NS_MAX
+from dr_cloud.model.units import SECOND_NS, TIME_NS_MAX
+
+_CLOCKS_APART_NS = 86400 * SECOND_NS
+"""A checkpoint by hand has the time of its guest's host, whose clock may be wrong by so much."""
 
 
 class Checkpoints(Watch):
@@ -55,16 +58,10 @@ class Checkpoints(Watch):
         self._permit_reading(who, vpg, [chosen])
         (route,) = self._granted([way])
         before = decode_cursor(page.cursor, [int])[0] if page.cursor is not None else None
-        found = []
-        for checkpoint in reversed(self._context.fabric.checkpoints(route)):
-            if (before is None or checkpoint.number < before) and _wanted(checkpoint, which):
-                found.append(checkpoint_view(route.scope.target, checkpoint))
-                if len(found) > page.limit:
-                    break
+        found = self._context.fabric.checkpoints(route, which, before, page.limit + 1)[::-1]
+        shown = [checkpoint_view(route.scope.target, checkpoint) for checkpoint in found[: page.limit]]
         more = len(found) > page.limit
-        return Page(
-            items=found[: page.limit], next_cursor=encode_cursor([found[page.limit - 1].number]) if more else None
-        )
+        return Page(items=shown, next_cursor=encode_cursor([shown[-1].number]) if more else None)
 
     def writes(
         self,
@@ -165,13 +162,10 @@ class Checkpoints(Watch):
         return answer
 
     def _arrived(self, route: Route, request: str, inserted_ns: int) -> Checkpoint | None:
-        """Return the checkpoint that carries `request`. Older ones than the request, by an hour, are not looked at."""
-        for checkpoint in reversed(self._context.fabric.checkpoints(route)):
-            if checkpoint.request == request:
-                return checkpoint
-            if checkpoint.created_ns < inserted_ns - 3600 * 10**9:
-                break
-        return None
+        """Return the checkpoint that carries `request`. Those that are older, by a day, are not looked at."""
+        recent = CheckpointFilter(since_ns=max(0, inserted_ns - _CLOCKS_APART_NS))
+        made = self._context.fabric.checkpoints(route, recent)
+        return next((checkpoint for checkpoint in made if checkpoint.request == request), None)
 
     def wait_checkpoint(
         self,
@@ -197,15 +191,6 @@ def _row(session: Session, enterprise: str, vpg: str) -> tables.Vpg:
     if row is None:
         raise missing("VPG", vpg)
     return row
-
-
-def _wanted(checkpoint: Checkpoint, which: CheckpointFilter) -> bool:
-    return (
-        (which.since_ns is None or checkpoint.time_ns >= which.since_ns)
-        and (which.until_ns is None or checkpoint.time_ns <= which.until_ns)
-        and (which.tag is None or checkpoint.tag == which.tag)
-        and (which.testable is None or checkpoint.testable == which.testable)
-    )
 
 
 def checkpoint_view(target: str, checkpoint: Checkpoint) -> CheckpointView:

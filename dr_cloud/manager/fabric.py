@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from dr_cloud.model.cloud import LogRequest, Route
+from dr_cloud.model.cloud import CheckpointFilter, LogRequest, Route
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.journal import Checkpoint, PlacedImage, PlacedWrite, Write
 from dr_cloud.model.probe import ProbeResult, ProbeSpec
@@ -76,8 +76,17 @@ class Fabric(Protocol):
         """Make sure that none does."""
         ...
 
-    def checkpoints(self, route: Route) -> Sequence[Checkpoint]:
-        """Return every checkpoint of a scope, ascending; none if its journal was never begun."""
+    def checkpoints(
+        self,
+        route: Route,
+        which: CheckpointFilter = CheckpointFilter(),
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> Sequence[Checkpoint]:
+        """Return the newest `limit` wanted checkpoints of a scope, ascending; see `CheckpointFilter.newest`.
+
+        None if its journal was never begun.
+        """
         ...
 
     def writes(self, route: Route, since_ns: int, until_ns: int, limit: int) -> Sequence[Write]:

@@ -5,12 +5,15 @@ Views are frozen and say what is; requests refuse fields they do not know. Times
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import islice
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dr_cloud.model.ids import Scope
-from dr_cloud.model.journal import CheckpointKind
+from dr_cloud.model.journal import Checkpoint, CheckpointKind
 from dr_cloud.model.principal import Role
 from dr_cloud.model.provider import Jurisdiction, Name
 from dr_cloud.model.replication import Throttle
@@ -268,6 +271,28 @@ class CheckpointFilter(_Request):
     until_ns: TimeNs | None = None
     tag: str | None = Field(default=None, max_length=256)
     testable: bool | None = None
+
+    def newest(self, checkpoints: Sequence[Checkpoint], before: int | None, limit: int | None) -> list[Checkpoint]:
+        """Return the newest `limit` of a journal's checkpoints that are wanted, ascending.
+
+        Args:
+            checkpoints: Ascending, as journals have them, by number and by time.
+            before: Only those with lower numbers; None: all.
+            limit: None: all.
+        """
+        first, last = 0, len(checkpoints)
+        if before is not None:
+            last = bisect_left(checkpoints, before, key=lambda one: one.number)
+        if self.since_ns is not None:
+            first = bisect_left(checkpoints, self.since_ns, key=lambda one: one.time_ns)
+        if self.until_ns is not None:
+            last = min(last, bisect_right(checkpoints, self.until_ns, key=lambda one: one.time_ns))
+        found = (
+            checkpoints[at]
+            for at in reversed(range(first, last))
+            if self.tag in (None, checkpoints[at].tag) and self.testable in (None, checkpoints[at].testable)
+        )
+        return list(islice(found, limit))[::-1]
 
 
 class CheckpointOrder(_Request):

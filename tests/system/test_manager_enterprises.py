@@ -35,8 +35,9 @@ from dr_cloud.model.vpg import ProtectedServer
 from dr_cloud.seal.identity import new_key_and_csr
 
 INBOUND = {
-    "authenticate", "pair", "renew", "certificate_ok", "check_certificate", "connector_started", "site_connected",
-    "site_lost", "site_report", "host_report", "orders_for", "host_orders", "route", "start", "close", "once",
+    "authenticate", "known_caller", "pair", "renew", "certificate_ok", "check_certificate", "connector_started",
+    "site_connected", "site_lost", "site_report", "host_report", "orders_for", "host_orders", "route", "start", "close",
+    "once",
 }  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def arguments(name: str, enterprise: str, thing: str, site: str, ids: dict[str, 
         "task": ids["task"],
         "token": ids["token"],
         "count": 1,
+        "path": "fsck/report",
         "after": 0,
         "timeout_seconds": 0.0,
         "data_center": "us-east",

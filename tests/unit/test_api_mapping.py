@@ -16,7 +16,7 @@ from dr_cloud.client.client import Client
 from dr_cloud.manager.cloud import Cloud
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api-mapping.md").read_text()
-NOT_REST = {"once", "authenticate"}
+NOT_REST = {"once", "authenticate", "known_caller"}
 """Methods of the manager that serve other operations."""
 FROM_THE_FABRIC = {"renew"}
 
