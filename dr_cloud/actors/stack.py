@@ -24,7 +24,7 @@ from typing import Final
 import ray
 from pydantic import BaseModel, ConfigDict
 
-from dr_cloud.actors.cluster import Where, whereabouts
+from dr_cloud.actors.cluster import Where, node_address, whereabouts
 from dr_cloud.actors.node import LoopThread, NodeSettings, Stores
 from dr_cloud.journal.reader import JournalReader
 from dr_cloud.manager.fabric import ProbeProgress
@@ -46,6 +46,7 @@ from dr_cloud.stack.stack import Stack, StackStatistics
 _LIFE: Final = timedelta(seconds=LIFETIME_SECONDS_MAX, days=1)
 """Of a test's certificates. Their keys end with the test; this is beyond the longest one."""
 _PROBE_ENDS_SECONDS: Final = 5.0
+_OWN_ADDRESS: Final = "*"
 
 
 class OpenedStack(BaseModel):
@@ -117,7 +118,8 @@ class StackProcess:
             store_url: Where the journal is.
             quota_bytes: How much the test may write.
             asked_ns: When it was asked for (monotonic clock of this machine), for the time to first byte.
-            host: Name or address of this machine on which to serve it over TLS too; empty for not at all.
+            host: Name or address of this machine on which to serve it over TLS too; empty for not at all, `*` for
+                the address by which Ray knows it.
         """
         with self._turn:
             served = self._test
@@ -157,6 +159,7 @@ class StackProcess:
         path = str(self._settings.socket(f"stack/{test}"))
         if not host:
             return self._loop.call(serve_stack(stack, cache, unix_path=path)), None
+        host = node_address() if host == _OWN_ADDRESS else host
         own, client = _certificates(test, enterprise, host)
         try:
             server = self._loop.call(serve_stack(stack, cache, unix_path=path, host=host, tls=own.server_context()))

@@ -102,7 +102,7 @@ class DataCenterConfig(_Config):
     stacks: str = ""
     """Host name or IP address on which the disks of remote tests are served over TLS; empty: there are no remote ones.
 
-    Every node of the data center on which stacks run must have it as its own.
+    Where stacks run on several nodes, `*`: each serves on its own address, by which Ray knows it.
     """
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ def world() -> Iterator[CloudWorld]:
     folder.chmod(0o755)
     east, uk = PROVIDER["data_centers"]
     west = east | {"name": "us-west", "datastores": [{"name": "ds-1", "store": "file://us-west/ds-1"}]}
-    world = CloudWorld(folder, data_centers=[east | {"stacks": "127.0.0.1"}, uk, west])
+    world = CloudWorld(folder, data_centers=[east | {"stacks": "*"}, uk, west])
     before = loops()
     try:
         world.start_provider()
