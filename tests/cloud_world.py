@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dr_cloud.journal.catalogue import Catalogue
+from dr_cloud.journal.reader import JournalReader
+from dr_cloud.journal.writes import images_at, writes_at
 from dr_cloud.manager.cloud import SYSTEM, Cloud
 from dr_cloud.manager.db import open_engine
 from dr_cloud.manager.fabric import ProbeProgress, ServedStack
 from dr_cloud.model.cloud import CheckpointFilter, LogRequest, Route, TokenRequest
 from dr_cloud.model.errors import DrCloudError, NotFoundError, TimeOutOfRangeError
 from dr_cloud.model.ids import Scope
-from dr_cloud.model.journal import Checkpoint, Disk, Write
+from dr_cloud.model.journal import Checkpoint, Disk, PlacedImage, PlacedWrite, Write
 from dr_cloud.model.principal import Principal, Role
 from dr_cloud.model.probe import ProbeResult, ProbeSpec
 from dr_cloud.model.provider import EnterpriseConfig, ProviderConfig, RightsConfig, SiteConfig
@@ -97,6 +100,8 @@ class QuietFabric:
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
         self.journals: dict[Scope, list[Checkpoint]] = {}
+        self.written: dict[Scope, tuple[Catalogue, JournalReader]] = {}
+        """Journals that hold real writes, where a test looks for their positions."""
         self.served: dict[str, ServedStack] = {}
         """Open stacks."""
         self._owners: dict[str, str] = {}
@@ -166,6 +171,19 @@ class QuietFabric:
         self._call("writes", *route.scope)
         times = [checkpoint.time_ns - 1 for checkpoint in self.journals.get(route.scope, [])]
         return [Write(time_ns=t, blocks=1, exact=True) for t in times if since_ns <= t <= until_ns][:limit]
+
+    def images_at(self, route: Route, times_ns: Sequence[int]) -> Sequence[PlacedImage]:
+        self._call("images_at", *route.scope)
+        return images_at(*self._journal(route.scope), times_ns)
+
+    def writes_at(self, route: Route, positions: Sequence[int]) -> Sequence[PlacedWrite]:
+        self._call("writes_at", *route.scope, *map(str, positions))
+        return writes_at(*self._journal(route.scope), positions)
+
+    def _journal(self, scope: Scope) -> tuple[Catalogue, JournalReader]:
+        if scope not in self.written:
+            raise NotFoundError(f"nothing was written to {scope.prefix}")
+        return self.written[scope]
 
     def insert_checkpoint(self, route: Route, tag: str, description: str) -> str:
         self._call("insert_checkpoint", *route.scope, tag, description)

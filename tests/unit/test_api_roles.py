@@ -25,7 +25,7 @@ TABLE: list[tuple[set[str], str]] = [
     (ALL, "vpgs vpg vpg_status vpg_state reverse_settings checkpoints writes inserted_checkpoint wait_checkpoint"),
     (ALL, "tests test test_artefact tasks task wait_task active_task active_task_at_site"),
     (OPERATORS, "pause resume force_sync insert_checkpoint failover rollback_failover"),
-    (OPERATORS, "start_tests test_credential stop_test discard_tests abort_task collect_logs log_archive"),
+    (OPERATORS, "start_tests find_clean test_credential stop_test discard_tests abort_task collect_logs log_archive"),
     (ADMINS | {AUDITOR}, "audit tokens"),
     (ADMINS, "create_token revoke_token update_site create_vpg update_vpg remove_vpg add_server remove_server"),
     (ADMINS, "unpair"),
