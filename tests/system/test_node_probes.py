@@ -122,7 +122,9 @@ def test_artefacts_are_sealed_in_the_store_and_nowhere_else(node: Node) -> None:
     """R3, R14.8: what a probe leaves is read by its path, and its bytes are in the clear nowhere."""
     stack = node.open("kept")
     script = f'echo "{SECRET}" > "$DRC_ARTEFACTS/console.txt"; echo told'
-    stack.start_probes("kept", specs(shell(script), "fsck"))
+    stack.start_probes("kept", specs(shell(script), "command:sleep 1"))
+    assert wait_until(lambda: len(stack.probe_progress("kept").results) == 1, 20)
+    assert files_with(SECRET.encode(), node.settings.work_dir) == [], "not even until the next has ended"
     first, _ = results(stack, "kept")
     assert first.passed and first.output.endswith("\ntold\n")
     (artefact,) = first.artefacts
