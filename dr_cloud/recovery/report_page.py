@@ -32,12 +32,14 @@ dt { color: var(--soft); } dd { margin: 0; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin-top: 1rem; font-size: .93rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; } td { min-width: 4.5rem; }
+td a { color: inherit; white-space: nowrap; }
 .probe { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: .75rem; }
 pre { background: var(--box); border-radius: 6px; padding: .6rem .75rem; margin: .5rem 0 0; max-height: 24rem;
   overflow: auto; white-space: pre-wrap; font: 12.5px/1.45 ui-monospace, monospace; }
 footer { margin-top: 1.5rem; font-size: .88rem; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; }
-  section { padding: .75rem; } }
+  section { padding: .75rem; } thead { display: none; } td { display: block; border: 0; padding: 0; }
+  tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); } }
 @media print { :root { --line: #bbb; --soft: #444; --box: #f4f4f4; --pass: #0b4d29; --fail: #8c1d18; --none: #4d4000;
   --page: #fff; --text: #000; } body { max-width: none; padding: 0; font-size: 10.5pt; }
   section { break-inside: auto; } header.line, .probe h3 { break-after: avoid; } pre { max-height: none; } }

@@ -75,9 +75,7 @@ def test_numbers_are_whole_and_the_same_to_every_reader() -> None:
 
 def test_what_may_not_be_read_is_left_out_and_said() -> None:
     """R13: outputs and artefacts are content of an image."""
-    made = report(
-        of_test("S3CRET", withheld="policy denies it", note="", ended="", verdict_note="", started_by="alice")
-    )
+    made = report(of_test("S3CRET", withheld="policy denies it"))
     (test,) = made.tests
     assert (test.probes[0].output, test.probes[0].artefacts) == (None, None)
     assert "policy denies it" in Page(as_page(made)).seen
