@@ -148,6 +148,10 @@ class Fabric(Protocol):
         """Return a file that a probe of this stack left. Raises `NotFoundError`."""
         ...
 
+    def forget_artefacts(self, route: Route, stacks: Sequence[str]) -> None:
+        """Remove what the probes of these stacks left; those that left nothing are passed by."""
+        ...
+
     def stack_statistics(self, stack: str) -> StackStatistics | None:
         """Return the counters of an open stack; None if there is no such stack (any more)."""
         ...

@@ -8,6 +8,7 @@ same transaction. How tests end is in `ending`, what ends them unasked in `tendi
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -115,10 +116,19 @@ class RecoveryTests(Vpgs, Checkpoints):
             table = tables.RecoveryTest
             wanted = select(table).where(table.vpg == vpg, table.kind == "test", table.status.not_in(OPEN))
             rows = change.session.scalars(wanted.order_by(table.started_ns, table.id).limit(count)).all()
+            left: dict[str, list[str]] = {}
             for row in rows:
+                if any(result["artefacts"] for result in row.results):
+                    left.setdefault(row.target, []).append(row.id)
                 change.session.delete(row)
+            for target, stacks in left.items():
+                scope = Scope(enterprise, vpg, target)
+                change.after.append(functools.partial(self._forget_artefacts, scope, stacks))
             change.registry = True
             return len(rows)
+
+    def _forget_artefacts(self, scope: Scope, stacks: Sequence[str]) -> None:
+        self._context.fabric.forget_artefacts(self._route_to(scope), stacks)
 
     def tests(
         self, who: Principal, enterprise: str, vpg: str | None = None, page: PageRequest = PageRequest()

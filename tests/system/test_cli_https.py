@@ -2,89 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import ssl
 import stat
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
-import structlog
-from api_world import ApiWorld
-from cli_run import Done, run_cli
+from cli_run import run_cli
+from cli_world import Provider, provider  # noqa: F401
 
-from dr_cloud.actors.https import ApiServer
 from dr_cloud.client.client import Client
 from dr_cloud.model.cloud import CheckpointFilter, TokenRequest, VpgFilter
 from dr_cloud.model.errors import DrCloudError, NotFoundError, UnauthenticatedError, UnavailableError
 from dr_cloud.model.principal import Role
 from dr_cloud.model.task import CompletionCode
 from dr_cloud.model.units import format_time
-from dr_cloud.seal.authority import Authority
 
 pytestmark = pytest.mark.system
-
-
-class Provider:
-    """A provider with its API on a port, and the profile of one of its tenants."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder = folder
-        self.api = ApiWorld(folder / "state", stack)
-        # The world's clock stands in the future; certificates are judged by today's.
-        (folder / "tls").mkdir()
-        credentials = Authority.open(folder / "tls", "provider").service_credentials("api", ["127.0.0.1"])
-        self.server = ApiServer(self.api.app, "127.0.0.1", 0, credentials)
-        stack.callback(self.server.close)
-        self.url = f"https://127.0.0.1:{self.server.port}"
-        self.ca = credentials.ca
-        (folder / "ca.pem").write_text(self.ca)
-        self._stop = threading.Event()
-        follower = threading.Thread(target=self._follow, daemon=True)
-        follower.start()
-        stack.callback(follower.join)
-        stack.callback(self._stop.set)
-
-    def _follow(self) -> None:
-        """Sites and hosts do as they are told, once and again."""
-        while not self._stop.wait(0.1):
-            self.api.world.clock.pass_seconds(0.25)
-            for enterprise in ("acme", "brit"):
-                self.api.world.report(enterprise)
-            for host in ("h1", "h2", "h3"):
-                self.api.world.report_host("us-east", host)
-
-    def profile(self, name: str, token: str) -> Done:
-        path = self.folder / f"{name}.token"
-        path.write_text(token)
-        return run_cli(
-            "profile", "add", name, "--url", self.url, "--ca", str(self.folder / "ca.pem"), "--token-file", str(path)
-        )
-
-    def client(self, token: str) -> Client:
-        return Client(self.url, token, ca_pem=self.ca)
-
-
-@pytest.fixture(scope="module")
-def provider(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Provider]:
-    folder = tmp_path_factory.mktemp("provider")
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        # The provider is in this process: what it logs must not look like what a command prints.
-        stack.callback(structlog.reset_defaults)
-        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
-        made = Provider(folder, stack)
-        assert made.profile("acme", made.api.token_a).code == 0
-        for role in ("auditor", "provider-admin"):
-            assert made.profile(role, made.api.tokens[role]).code == 0
-        yield made
 
 
 def test_a_group_lives_its_life_by_command(provider: Provider) -> None:
@@ -318,7 +256,7 @@ def test_a_list_goes_on_over_its_pages(provider: Provider, monkeypatch: pytest.M
     with provider.client(provider.api.token_a) as client:
         whole = [checkpoint.number for checkpoint in client.checkpoints("erp")]
         since_ns = sorted(checkpoint.time_ns for checkpoint in client.checkpoints("erp"))[2]
-        monkeypatch.setattr("dr_cloud.client.client._PAGE", 3)
+        monkeypatch.setattr("dr_cloud.client.calls._PAGE", 3)
         assert [checkpoint.number for checkpoint in client.checkpoints("erp")] == whole
         narrowed = CheckpointFilter(since_ns=since_ns)
         assert [checkpoint.number for checkpoint in client.checkpoints("erp", None, narrowed)] == whole[:-2]

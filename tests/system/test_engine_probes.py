@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
-from cloud_databases import BOTH, postgres, world  # noqa: F401
+from cloud_databases import new_world, postgres, world  # noqa: F401
 from cloud_world import World, probed
 from engine_world import ENTROPY, FSCK, begin, ended, furnish, until
 from sqlalchemy import select
@@ -20,6 +21,13 @@ from dr_cloud.model.task import CompletionCode
 from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.vpg import VpgStatus
 from dr_cloud.recovery.verdicts import probes_digest
+
+
+@pytest.fixture(params=["sqlite"])
+def quick(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """A manager on SQLite, for what does not depend on the database."""
+    yield from new_world(request, tmp_path / "provider")
+
 
 DIRTY = [probed("fsck", "the file system is damaged"), probed("entropy")]
 
@@ -55,31 +63,33 @@ def test_tests_are_judged_by_their_probes_and_end(world: World) -> None:
     assert world.cloud.vpg_status(who, "acme", "erp") is VpgStatus.PROTECTING
 
 
-def test_results_are_seen_as_they_come(world: World) -> None:
+def test_results_are_seen_as_they_come(quick: World) -> None:
     """R14.7: a watcher sees each probe's result when that has ended, and an event for it."""
-    who = furnish(world)
-    world.fabric.ended_max = 1
-    before = world.cloud.newest_event(who)
-    (test,) = begin(world, who)
-    until(world, lambda: len(world.cloud.test(who, "acme", test.id).results) == 1)
-    seen = world.cloud.test(who, "acme", test.id)
+    who = furnish(quick)
+    quick.fabric.ended_max = 1
+    before = quick.cloud.newest_event(who)
+    (test,) = begin(quick, who)
+    until(quick, lambda: len(quick.cloud.test(who, "acme", test.id).results) == 1)
+    seen = quick.cloud.test(who, "acme", test.id)
     assert (seen.status, seen.verdict, seen.results[0].probe) == ("running", None, "fsck")
-    told = [event.data for event in world.cloud.events(who, before) if event.subject == test.id]
-    assert 1 in [data.get("results") for data in told]
-    world.fabric.ended_max = 2
-    assert ended(world, who, test.id).verdict == "pass"
+    until(
+        quick,
+        lambda: 1 in [told.data.get("results") for told in quick.cloud.events(who, before) if told.subject == test.id],
+    )
+    quick.fabric.ended_max = 2
+    assert ended(quick, who, test.id).verdict == "pass"
 
 
-def test_a_kept_test_is_judged_and_served_on(world: World) -> None:
-    who = furnish(world)
-    (test,) = begin(world, who, keep=True)
-    until(world, lambda: world.cloud.test(who, "acme", test.id).verdict is not None)
-    kept = world.cloud.test(who, "acme", test.id)
+def test_a_kept_test_is_judged_and_served_on(quick: World) -> None:
+    who = furnish(quick)
+    (test,) = begin(quick, who, keep=True)
+    until(quick, lambda: quick.cloud.test(who, "acme", test.id).verdict is not None)
+    kept = quick.cloud.test(who, "acme", test.id)
     assert (kept.status, kept.verdict, kept.stopped_ns) == ("running", "pass", None)
-    assert list(world.fabric.served) == [test.id]
-    world.cloud.tending.mend()
-    world.done(world.cloud.stop_test(who, "acme", test.id, StopTest(note="looked at it")))
-    stopped = world.cloud.test(who, "acme", test.id)
+    assert list(quick.fabric.served) == [test.id]
+    quick.cloud.tending.mend()
+    quick.done(quick.cloud.stop_test(who, "acme", test.id, StopTest(note="looked at it")))
+    stopped = quick.cloud.test(who, "acme", test.id)
     assert (stopped.verdict, stopped.verdict_note, stopped.ended) == ("pass", "looked at it", f"stopped by {who.name}")
 
 
@@ -114,134 +124,130 @@ def test_a_test_that_is_stopped_in_the_middle_keeps_what_has_ended(
     ],
 )
 def test_a_probe_that_could_not_say_makes_no_verdict_about_the_data(
-    world: World, results: Sequence[ProbeResult]
+    quick: World, results: Sequence[ProbeResult]
 ) -> None:
-    who = furnish(world)
-    world.fabric.answers[world.clock()] = results
-    (test,) = begin(world, who)
-    assert ended(world, who, test.id).verdict == "fail"
-    assert verdicts(world) == {}
+    who = furnish(quick)
+    quick.fabric.answers[quick.clock()] = results
+    (test,) = begin(quick, who)
+    assert ended(quick, who, test.id).verdict == "fail"
+    assert verdicts(quick) == {}
 
 
-def test_what_a_stack_could_not_read_is_not_taken_for_damage(world: World) -> None:
+def test_what_a_stack_could_not_read_is_not_taken_for_damage(quick: World) -> None:
     """A store that does not answer fails the test, and leaves the time untested."""
-    who = furnish(world)
-    world.fabric.answers[world.clock()] = DIRTY
-    world.fabric.ended_max = 0
-    (test,) = begin(world, who)
-    world.fabric.counted[test.id] = {"failures": 3}
-    world.fabric.ended_max = 2
-    found = ended(world, who, test.id)
+    who = furnish(quick)
+    quick.fabric.answers[quick.clock()] = DIRTY
+    quick.fabric.ended_max = 0
+    (test,) = begin(quick, who)
+    quick.fabric.counted[test.id] = {"failures": 3}
+    quick.fabric.ended_max = 2
+    found = ended(quick, who, test.id)
     assert (found.verdict, found.results[0].conclusive) == ("fail", False)
-    assert verdicts(world) == {}
+    assert verdicts(quick) == {}
 
 
-def test_specs_are_checked_before_anything_begins(world: World) -> None:
-    who = furnish(world)
+def test_specs_are_checked_before_anything_begins(quick: World) -> None:
+    who = furnish(quick)
     for spec in (ProbeSpec(kind="nothing"), ProbeSpec(kind="fsck", parameters={"deep": 1, "no": 2})):
         with pytest.raises(InvalidError):
-            world.cloud.start_tests(who, "acme", "erp", TestsRequest(times_ns=[1], probes=[spec]))
+            quick.cloud.start_tests(who, "acme", "erp", TestsRequest(times_ns=[1], probes=[spec]))
     twice = [ProbeSpec(kind="fsck", name="a"), ProbeSpec(kind="entropy", name="a")]
     with pytest.raises(InvalidError):
-        world.cloud.start_tests(who, "acme", "erp", TestsRequest(times_ns=[1], probes=twice))
-    assert world.cloud.tests(who, "acme", "erp").items == []
-    assert world.cloud.vpg_status(who, "acme", "erp") is VpgStatus.PROTECTING
+        quick.cloud.start_tests(who, "acme", "erp", TestsRequest(times_ns=[1], probes=twice))
+    assert quick.cloud.tests(who, "acme", "erp").items == []
+    assert quick.cloud.vpg_status(who, "acme", "erp") is VpgStatus.PROTECTING
 
 
-def test_a_node_that_cannot_run_them_ends_the_test_with_the_reason(world: World) -> None:
-    who = furnish(world)
-    world.fabric.broken["start_probes"] = InvalidError("probes need root", "Run the node as root.")
-    (test,) = begin(world, who)
-    found = ended(world, who, test.id)
+def test_a_node_that_cannot_run_them_ends_the_test_with_the_reason(quick: World) -> None:
+    who = furnish(quick)
+    quick.fabric.broken["start_probes"] = InvalidError("probes need root", "Run the node as root.")
+    (test,) = begin(quick, who)
+    found = ended(quick, who, test.id)
     assert (found.status, found.verdict) == ("failed", "fail")
     assert found.problem == "its probes cannot run: probes need root"
-    assert verdicts(world) == {}
+    assert verdicts(quick) == {}
 
 
-def test_a_node_that_does_not_answer_is_asked_again(world: World) -> None:
-    who = furnish(world)
-    world.fabric.broken["probe_progress"] = UnavailableError("the node is busy")
-    (test,) = begin(world, who)
-    until(world, lambda: len(world.fabric.asked("probe_progress")) >= 3)
-    assert world.cloud.test(who, "acme", test.id).status == "running"
-    del world.fabric.broken["probe_progress"]
-    assert ended(world, who, test.id).verdict == "pass"
+def test_a_node_that_does_not_answer_is_asked_again(quick: World) -> None:
+    who = furnish(quick)
+    quick.fabric.broken["probe_progress"] = UnavailableError("the node is busy")
+    (test,) = begin(quick, who)
+    until(quick, lambda: len(quick.fabric.asked("probe_progress")) >= 3)
+    assert quick.cloud.test(who, "acme", test.id).status == "running"
+    del quick.fabric.broken["probe_progress"]
+    assert ended(quick, who, test.id).verdict == "pass"
 
 
-def test_a_stack_that_dies_while_it_is_probed_ends_one_test_alone(world: World) -> None:
-    who = furnish(world)
-    world.fabric.ended_max = 1
-    (test, other) = begin(world, who, [0, 5])
-    until(world, lambda: all(len(world.cloud.test(who, "acme", t.id).results) == 1 for t in (test, other)))
-    del world.fabric.served[test.id]
-    found = ended(world, who, test.id)
+def test_a_stack_that_dies_while_it_is_probed_ends_one_test_alone(quick: World) -> None:
+    who = furnish(quick)
+    quick.fabric.ended_max = 1
+    (test, other) = begin(quick, who, [0, 5])
+    until(quick, lambda: all(len(quick.cloud.test(who, "acme", t.id).results) == 1 for t in (test, other)))
+    del quick.fabric.served[test.id]
+    found = ended(quick, who, test.id)
     assert (found.status, found.verdict, found.ended) == ("failed", "fail", "its stack has died")
     assert [result.probe for result in found.results] == ["fsck"]
-    world.fabric.ended_max = 2
-    assert ended(world, who, other.id).verdict == "pass"
-    assert world.cloud.vpg_status(who, "acme", "erp") is VpgStatus.PROTECTING
+    quick.fabric.ended_max = 2
+    assert ended(quick, who, other.id).verdict == "pass"
+    assert quick.cloud.vpg_status(who, "acme", "erp") is VpgStatus.PROTECTING
 
 
-def test_a_test_ends_when_its_time_is_over(world: World) -> None:
+def test_a_test_ends_when_its_time_is_over(quick: World) -> None:
     """R14.7: nobody need stop it; its summary stays."""
-    who = furnish(world)
-    (short,) = begin(world, who, [0], lifetime_seconds=60, probes=[])
-    (probing,) = begin(world, who, [1], lifetime_seconds=90)
-    (long,) = begin(world, who, [2], lifetime_seconds=4000, probes=[])
-    world.fabric.ended_max = 0
-    until(world, lambda: world.cloud.test(who, "acme", probing.id).status == "stopped")
-    world.clock.pass_seconds(61)
-    world.cloud.tending.expire()
-    found = ended(world, who, short.id)
+    who = furnish(quick)
+    (short,) = begin(quick, who, [0], lifetime_seconds=60, probes=[])
+    (long,) = begin(quick, who, [2], lifetime_seconds=4000, probes=[])
+    until(quick, lambda: quick.cloud.test(who, "acme", short.id).status == "stopped", 5.0)  # by its own round
+    found = ended(quick, who, short.id)
     assert (found.status, found.ended, found.verdict) == ("stopped", "its time is over", None)
     assert found.expires_ns is not None
     assert found.statistics["blocks_read"] == 7
-    assert world.cloud.test(who, "acme", long.id).status == "running"
+    assert quick.cloud.test(who, "acme", long.id).status == "running"
 
 
-def test_a_test_whose_time_is_over_before_its_probes_have_ended_has_failed(world: World) -> None:
-    who = furnish(world)
-    world.fabric.ended_max = 1
-    (test,) = begin(world, who, lifetime_seconds=60)
-    world.clock.pass_seconds(61)
-    world.cloud.tending.expire()
-    found = ended(world, who, test.id)
+def test_a_test_whose_time_is_over_before_its_probes_have_ended_has_failed(quick: World) -> None:
+    who = furnish(quick)
+    quick.fabric.ended_max = 1
+    (test,) = begin(quick, who, lifetime_seconds=60)
+    quick.clock.pass_seconds(61)
+    quick.cloud.tending.expire()
+    found = ended(quick, who, test.id)
     assert (found.ended, found.verdict) == ("its time is over", "fail")
-    assert verdicts(world) == {}
+    assert verdicts(quick) == {}
 
 
-def test_a_test_that_finds_no_room_for_its_writes_ends(world: World) -> None:
+def test_a_test_that_finds_no_room_for_its_writes_ends(quick: World) -> None:
     """R14.5: a full disk or a spent quota ends one test alone, with a summary."""
-    who = furnish(world)
-    full, other = begin(world, who, [0, 5], probes=[])
-    world.fabric.counted[full.id] = {"writes_refused": 2}
-    world.cloud.tending.look()
-    found = ended(world, who, full.id)
+    who = furnish(quick)
+    full, other = begin(quick, who, [0, 5], probes=[])
+    quick.fabric.counted[full.id] = {"writes_refused": 2}
+    quick.cloud.tending.look()
+    found = ended(quick, who, full.id)
     assert (found.status, found.ended) == ("failed", "it can write no more")
     assert found.problem.startswith("2 writes found no room")
     assert found.statistics["writes_refused"] == 2
-    assert world.cloud.test(who, "acme", other.id).status == "running"
+    assert quick.cloud.test(who, "acme", other.id).status == "running"
 
 
-def test_a_stack_that_cannot_be_closed_does_not_keep_its_test_open(world: World) -> None:
-    who = furnish(world)
-    (test,) = begin(world, who, probes=[])
-    world.fabric.broken["close_stack"] = DrCloudError("the node does not answer")
-    world.cloud.stop_test(who, "acme", test.id, StopTest(verdict="pass"))
-    assert ended(world, who, test.id).verdict == "pass"
-    assert list(world.fabric.served) == [test.id]
-    del world.fabric.broken["close_stack"]
-    world.cloud.tending.sweep()
-    assert world.fabric.served == {}
+def test_a_stack_that_cannot_be_closed_does_not_keep_its_test_open(quick: World) -> None:
+    who = furnish(quick)
+    (test,) = begin(quick, who, probes=[])
+    quick.fabric.broken["close_stack"] = DrCloudError("the node does not answer")
+    quick.cloud.stop_test(who, "acme", test.id, StopTest(verdict="pass"))
+    assert ended(quick, who, test.id).verdict == "pass"
+    assert list(quick.fabric.served) == [test.id]
+    del quick.fabric.broken["close_stack"]
+    quick.cloud.tending.sweep()
+    assert quick.fabric.served == {}
 
 
-def test_a_test_that_could_not_be_opened_is_summarised(world: World) -> None:
-    who = furnish(world)
-    good, gone = begin(world, who, [0, 10**6])
-    found = ended(world, who, gone.id)
+def test_a_test_that_could_not_be_opened_is_summarised(quick: World) -> None:
+    who = furnish(quick)
+    good, gone = begin(quick, who, [0, 10**6])
+    found = ended(quick, who, gone.id)
     assert (found.status, found.verdict, found.ended) == ("failed", "fail", "it could not be opened")
     assert found.verdict_note == found.problem == "the journal does not hold that time"
-    assert ended(world, who, good.id).verdict == "pass"
+    assert ended(quick, who, good.id).verdict == "pass"
 
 
 # What a crash leaves.
@@ -280,13 +286,13 @@ def test_tests_whose_task_is_gone_are_found_and_ended(world: World, status: str)
     assert world.cloud.vpg_status(who, "acme", "erp") is VpgStatus.PROTECTING
 
 
-def test_a_stack_without_a_test_is_closed(world: World) -> None:
-    who = furnish(world)
-    (test, other) = begin(world, who, [0, 5], probes=[])
-    with world.cloud._database.write("acme") as session:
+def test_a_stack_without_a_test_is_closed(quick: World) -> None:
+    who = furnish(quick)
+    (test, other) = begin(quick, who, [0, 5], probes=[])
+    with quick.cloud._database.write("acme") as session:
         session.delete(session.get_one(tables.RecoveryTest, ("acme", test.id)))
-    world.cloud.tending.sweep()
-    assert list(world.fabric.served) == [other.id]
+    quick.cloud.tending.sweep()
+    assert list(quick.fabric.served) == [other.id]
 
 
 def test_a_group_that_is_removed_takes_its_tests_along(world: World) -> None:
