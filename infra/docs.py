@@ -29,6 +29,7 @@ FORMATS: Final = (
     ("Journal objects", "dr_cloud/journal/objects.py"),
     ("Keyframes of the replica map", "dr_cloud/journal/keyframe.py"),
     ("Checkpoints and writers' claims", "dr_cloud/journal/checkpoint.py"),
+    ("Artefacts of probes", "dr_cloud/recovery/artefacts.py"),
     ("The registry's objects", "dr_cloud/manager/registry.py"),
     ("The keyring file", "dr_cloud/seal/keyring.py"),
 )
