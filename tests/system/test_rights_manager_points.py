@@ -20,7 +20,8 @@ from dr_cloud.model.cloud import CheckpointOrder, LogRequest, SiteUpdate, TokenR
 from dr_cloud.model.decision import Decision
 from dr_cloud.model.errors import DeniedError, DrCloudError, ForbiddenError
 from dr_cloud.model.principal import Role
-from dr_cloud.model.recovery import FailoverRequest, StopTest, TestsRequest
+from dr_cloud.model.probe import ProbeSpec
+from dr_cloud.model.recovery import DrillSettings, FailoverRequest, StopTest, TestsRequest
 from dr_cloud.model.rights import Action
 from dr_cloud.model.vpg import ProtectedServer
 from dr_cloud.rights import grant
@@ -276,6 +277,8 @@ def acts(world: RightsWorld, test: str, task: str) -> dict[str, Callable[[Any], 
     settings = cloud.vpg(SYSTEM, "acme", "erp").settings
     spare = TokenRequest(name="spare", role=Role.AUDITOR, enterprise="acme")
     token = cloud.create_token(SYSTEM, spare).token.id
+    drill = DrillSettings(name="d", schedule="0 3 * * 1", target="us", probes=[ProbeSpec(kind="entropy")])
+    cloud.put_drill(SYSTEM, "acme", "erp", drill)
     return {
         "vpg.create": lambda who: cloud.create_vpg(who, "acme", to("us-east", name="new")),
         "vpg.update": lambda who: cloud.update_vpg(who, "acme", "erp", settings),
@@ -290,6 +293,9 @@ def acts(world: RightsWorld, test: str, task: str) -> dict[str, Callable[[Any], 
         "test.start": lambda who: cloud.start_tests(who, "acme", "erp", TestsRequest(target="us", times_ns=[1])),
         "test.stop": lambda who: cloud.stop_test(who, "acme", test, StopTest()),
         "test.discard": lambda who: cloud.discard_tests(who, "acme", "erp", 1),
+        "drill.put": lambda who: cloud.put_drill(who, "acme", "erp", drill),
+        "drill.run": lambda who: cloud.run_drill(who, "acme", "erp", "d"),
+        "drill.remove": lambda who: cloud.remove_drill(who, "acme", "erp", "d"),
         "task.abort": lambda who: cloud.abort_task(who, task),
         "logs.collect": lambda who: cloud.collect_logs(who, "acme", LogRequest(site="acme-hq")),
         "site.update": lambda who: cloud.update_site(who, "acme", "acme-hq", SiteUpdate(location="x")),
@@ -310,7 +316,7 @@ def test_an_operator_acts_only_from_where_it_may(world: RightsWorld):
     world.two_targets(here)
     task = world.done(world.cloud.start_tests(here, "acme", "erp", TestsRequest(target="us", times_ns=[world.clock()])))
     calls = acts(world, task.result["tests"][0], task.id)
-    elsewhere = {"test.read", "logs.read"}
+    elsewhere = {"test.read", "test.attach", "logs.read"}
     assert set(calls) | elsewhere == set(ASKED)
     nowhere = world.person(None, Role.PROVIDER_ADMIN, None).model_copy(update={"place": ""})
     far = world.person("acme", Role.ENTERPRISE_ADMIN, "BR")
