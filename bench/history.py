@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.content import Bytes
+from dr_cloud.journal.catalogue import Catalogue
 from dr_cloud.journal.frame import COLUMN_DTYPE, seal_frame
 from dr_cloud.journal.writer import JournalWriter
 from dr_cloud.model.blocks import BLOCK_SIZE, LOCAL_BIT
@@ -28,8 +29,9 @@ DAY_NS: Final = 86_400 * 10**9
 class History:
     """Writes to one disk, at times of the past day."""
 
-    def __init__(self, store: Store, keyring: Keyring, scope: Scope, size_bytes: int) -> None:
-        """Begin the journal of `scope` with one empty disk."""
+    def __init__(self, store: Store, keyring: Keyring, scope: Scope, size_bytes: int, step_ns: int = STEP_NS) -> None:
+        """Begin the journal of `scope` with one empty disk; `step_ns` is the time between two writes."""
+        self._step_ns = step_ns
         keyring.create(scope.enterprise)
         self.keys = keyring.vpg_keys(scope)
         self.scope = scope
@@ -51,7 +53,7 @@ class History:
             columns = np.zeros(count, COLUMN_DTYPE)
             steps = np.arange(1, count + 1, dtype=np.uint64)
             columns["sequence"] = np.uint64(self._sequence) + steps
-            columns["time_ns"] = np.uint64(self.time_ns) + steps * np.uint64(STEP_NS)
+            columns["time_ns"] = np.uint64(self.time_ns) + steps * np.uint64(self._step_ns)
             columns["block"] = part
             columns["count"] = 1
             columns["ref"] = (steps - np.uint64(1)) % np.uint64(new) | np.uint64(LOCAL_BIT)
@@ -64,9 +66,14 @@ class History:
             frame = b"".join(seal_frame(self.keys, self._stream, self._number, columns, data, digests))
             self._writer.append(frame, [TAP])
             self._sequence += count
-            self.time_ns += count * STEP_NS
+            self.time_ns += count * self._step_ns
             if self._writer.pending_bytes > 32 << 20:
                 self.checkpoint()
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """What the journal holds."""
+        return self._writer.catalogue
 
     def checkpoint(self, *, exact: bool = True) -> None:
         """Make what was written durable."""
