@@ -34,6 +34,8 @@ class NodeSettings(BaseModel):
     cache_limit_bytes: int = 4 << 30
     probes_at_once: int | None = Field(default=None, ge=1)
     """Of all tests on the node; None is one for each of its processors."""
+    kernel_mounts: bool = True
+    """Whether probes may have this node's kernel mount file systems of tenants."""
 
     @property
     def probes_dir(self) -> Path:

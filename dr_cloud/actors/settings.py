@@ -43,7 +43,11 @@ class ProviderSettings(BaseModel):
         """
         state = self.config.state
         return NodeSettings(
-            keyring=state / "keyring.json", work_dir=state / "work", cache_dir=state / "cache", run_dir=state / "run"
+            keyring=state / "keyring.json",
+            work_dir=state / "work",
+            cache_dir=state / "cache",
+            run_dir=state / "run",
+            kernel_mounts=self.config.kernel_mounts,
         )
 
     @property

@@ -31,7 +31,7 @@ from dr_cloud.manager.fabric import ProbeProgress
 from dr_cloud.model.errors import ConflictError, DrCloudError, NotFoundError, UnavailableError
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.journal import ImagePlan
-from dr_cloud.model.probe import ProbeSpec
+from dr_cloud.model.probe import ProbeLimits, ProbeSpec
 from dr_cloud.model.recovery import LIFETIME_SECONDS_MAX, TestCredential
 from dr_cloud.recovery.artefacts import store_artefact
 from dr_cloud.recovery.probing import Probing, sweep_probing
@@ -225,6 +225,7 @@ class StackProcess:
                 self._settings.probes_dir,
                 self._settings.probes_at_once or os.cpu_count() or 1,
                 lambda path, content: store_artefact(store, keys, test, path, content),
+                ProbeLimits(kernel_mounts=self._settings.kernel_mounts),
             )
 
     def probe_progress(self, test: str) -> ProbeProgress:

@@ -157,6 +157,8 @@ class ProviderConfig(_Config):
     """Stack actors kept ready in each data center that does not say otherwise."""
     untested_days: int = Field(default=30, ge=0)
     """After how many days without a passed recovery test there is an alert about a VPG; 0: never."""
+    kernel_mounts: bool = True
+    """Whether probes may have the nodes' own kernels mount file systems of tenants: docs/probes.md tells the risk."""
     operators: Jurisdiction | None = None
     """Where the first administrator sits; None: not told, and then no enterprise's data may be touched by it."""
     rights: RightsConfig = RightsConfig()

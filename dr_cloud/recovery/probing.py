@@ -51,7 +51,7 @@ class Probing:
         place: Path,
         slots: int,
         keep: Callable[[str, bytes], None],
-        limits: ProbeLimits | None = None,
+        limits: ProbeLimits,
     ) -> None:
         """Check the probes and begin to run them.
 
@@ -83,7 +83,7 @@ class Probing:
             raise UnavailableError(
                 f"the node's folder for probes cannot be used: {error.strerror}", "Make room there; try again."
             ) from error
-        self._runner = ProbeRunner(self._work_dir, limits or ProbeLimits(), self._stop)
+        self._runner = ProbeRunner(self._work_dir, limits, self._stop)
         self._thread = threading.Thread(target=self._run, name="probes", daemon=True)
         self._thread.start()
 

@@ -16,6 +16,7 @@ from stack_journal import KEYS, SCOPE
 
 from dr_cloud.actors.stack import StackProcess
 from dr_cloud.model.errors import InvalidError, NotFoundError
+from dr_cloud.model.probe import ProbeLimits
 from dr_cloud.nbd.client import NbdClient
 from dr_cloud.recovery.artefacts import read_artefact
 from dr_cloud.recovery.probes import runner
@@ -162,7 +163,7 @@ def test_a_store_that_is_away_costs_artefacts_and_no_verdict(node: Node) -> None
 
     stack = node.open("away")
     uris = {disk: found[0] for disk, found in stack.opened().uris.items()}  # type: ignore[union-attr]
-    probing = Probing(specs(shell("echo x > $DRC_ARTEFACTS/f")), uris, node.settings.probes_dir, 1, away)
+    probing = Probing(specs(shell("echo x > $DRC_ARTEFACTS/f")), uris, node.settings.probes_dir, 1, away, ProbeLimits())
     assert wait_until(lambda: probing.done, 20)
     (result,) = probing.results
     assert result.passed and result.artefacts == []
@@ -184,6 +185,17 @@ def test_a_node_without_room_fails_the_probe_and_goes_on(node: Node, monkeypatch
     assert first.reason == "the node could not run it: No space left on device" == second.reason
     assert not first.passed and not first.conclusive
     assert stack.statistics().at_ns == node.plan.at_ns
+
+
+def test_a_node_may_refuse_mounts(node: Node) -> None:
+    """R14.6: what needs none runs; what does fails, and says nothing about the disk."""
+    stack = StackProcess(node.settings.model_copy(update={"kernel_mounts": False}))
+    stack.open("unmounted", node.plan, node.store_url)
+    stack.start_probes("unmounted", specs("files:path=/letter.txt", "fsck"))
+    refused, passed = results(stack, "unmounted")
+    stack.close()
+    assert not refused.passed and not refused.conclusive and "switched off on this node" in refused.reason
+    assert passed.passed
 
 
 def _die_in_a_probe(node: Node, pid: Sequence[int]) -> None:
