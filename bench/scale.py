@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench.chain import folder
-from bench.decisions import CLIENTS, Caller, Decisions, measure_decisions
+from bench.decisions import Caller, Decisions, measure_decisions, told
 from bench.figures import console, machine
 from dr_cloud.client.client import Client
 from dr_cloud.demo.cloud import HOST, LocalCloud, done
@@ -72,6 +72,7 @@ _KINDS: Final = (
     ("site up", "site"),
     ("provider up", "provider up"),
     ("tap --server", "tap"),
+    ("multiprocessing.spawn", "clients"),
 )
 
 
@@ -144,6 +145,10 @@ def usage() -> dict[str, Usage]:
                 before.processes + 1, before.bytes_resident + resident, before.processor_seconds + seconds
             )
     return found
+
+
+def _used() -> dict[str, float]:
+    return {kind: use.processor_seconds for kind, use in usage().items()}
 
 
 def connections(ports: set[int]) -> int:
@@ -384,15 +389,6 @@ process per VPG, and the guests, who write {writes:g} blocks of 4 KiB a second t
 """
 
 
-_DECISIONS: Final = """
-## Decisions
-
-At {enterprises} enterprises, all of them replicating, {clients} clients read checkpoints through the API over TLS, as
-fast as they can. Each call is decided by the rights manager (embedded engine) and on record before it is answered:
-{per_second:.0f} decisions a second; a whole call takes {p50_ms:.1f} ms (median), {p99_ms:.0f} ms (p99).
-"""
-
-
 def page(steps: Sequence[Step], load: float, decisions: Decisions | None = None) -> str:
     """Return the page."""
     text = _HEAD.format(
@@ -427,7 +423,7 @@ def page(steps: Sequence[Step], load: float, decisions: Decisions | None = None)
     if len(steps) > 1:
         text += "\n" + _growth(steps[0], steps[-1])
     if decisions is not None:
-        text += _DECISIONS.format(enterprises=steps[0].enterprises, clients=CLIENTS, **decisions._asdict())
+        text += told(decisions, steps[0].enterprises)
     return text
 
 
@@ -477,7 +473,8 @@ def main(arguments: list[str]) -> int:
                 world.add(count)
                 steps.append(measure(world, options.seconds))
                 if len(steps) == 1:
-                    decisions = measure_decisions(world.caller(), world.names(), options.seconds / 2)
+                    with Guests(world.uris).writing():
+                        decisions = measure_decisions(world.caller(), world.names(), options.seconds / 2, _used)
                 console.print(page(steps[-1:], load, decisions))
         except (DrCloudError, OSError, subprocess.SubprocessError) as error:
             print(f"bench: {error}. {getattr(error, 'remedy', '')}".rstrip(), file=sys.stderr)
