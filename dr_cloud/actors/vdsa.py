@@ -193,6 +193,16 @@ class Vdsa:
 
         return self._loop.call(admit())
 
+    def _catalogue(self, target: TargetOrders) -> Catalogue:
+        """Return the catalogue of a scope, which is served from now on."""
+
+        async def catalogue() -> Catalogue:
+            if self._targets.add([target]):
+                self._keep()
+            return await self._vdsa.catalogue(target.scope)
+
+        return self._loop.call(catalogue())
+
     def orders_changed(self) -> None:
         """Fetch the orders now."""
         self._loop.loop.call_soon_threadsafe(self._changed.set)
@@ -287,14 +297,12 @@ class Vdsa:
 
     def plans(self, target: TargetOrders, times_ns: Sequence[int]) -> list[ImagePlan]:
         """Return the plans of many images of one scope. Raises `TimeOutOfRangeError`."""
-        self.admit([target])
-        catalogue = self._loop.call(self._vdsa.catalogue(target.scope))
+        catalogue = self._catalogue(target)
         return [catalogue.plan(at_ns) for at_ns in times_ns]
 
     def plans_or_errors(self, target: TargetOrders, times_ns: Sequence[int]) -> list[ImagePlan | DrCloudError]:
         """Return the plan of each image, or why there is none."""
-        self.admit([target])
-        catalogue = self._loop.call(self._vdsa.catalogue(target.scope))
+        catalogue = self._catalogue(target)
 
         def plan(at_ns: int) -> ImagePlan | DrCloudError:
             try:
@@ -312,8 +320,7 @@ class Vdsa:
         limit: int | None = None,
     ) -> list[Checkpoint]:
         """Return the newest `limit` wanted checkpoints of a scope, ascending; see `CheckpointFilter.newest`."""
-        self.admit([target])
-        catalogue = self._loop.call(self._vdsa.catalogue(target.scope))
+        catalogue = self._catalogue(target)
         return which.newest(catalogue.checkpoints, before, limit)
 
     def checkpoint(
@@ -343,9 +350,7 @@ class Vdsa:
         return writes_at(*self._journal(target), positions)
 
     def _journal(self, target: TargetOrders) -> tuple[Catalogue, JournalReader]:
-        self.admit([target])
-        scope = target.scope
-        catalogue = self._loop.call(self._vdsa.catalogue(scope))
+        scope, catalogue = target.scope, self._catalogue(target)
         generations = catalogue.newest.generations if catalogue.newest is not None else []
         keys = self._keyring.vpg_keys(scope)
         return catalogue, JournalReader(self._stores.at(target.store), keys, scope, generations)
