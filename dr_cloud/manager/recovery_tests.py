@@ -133,7 +133,7 @@ class RecoveryTests(Vpgs, Checkpoints):
     def tests(
         self, who: Principal, enterprise: str, vpg: str | None = None, page: PageRequest = PageRequest()
     ) -> Page[RecoveryTest]:
-        """List tests and failovers, newest first."""
+        """List tests and failovers, newest first; without what their probes printed and left, which can be much."""
         with self._read(who, "test.read", enterprise) as session:
             table = tables.RecoveryTest
             wanted = select(table)
@@ -143,8 +143,9 @@ class RecoveryTests(Vpgs, Checkpoints):
             now_ns = self._context.clock_ns()
             keys = [table.started_ns, table.id]
             found = paged(session, wanted, keys, page, lambda row: test_view(row, now_ns), newest_first=True)
-            reading = self._reading(session, who, found.items)
-        return found.model_copy(update={"items": self._readable(enterprise, found.items, reading)})
+            items = [_without_outputs(test) for test in found.items]
+            reading = self._reading(session, who, [test for test in items if test.uris])
+        return found.model_copy(update={"items": self._readable(enterprise, items, reading)})
 
     def test(self, who: Principal, enterprise: str, test: str) -> RecoveryTest:
         """Return one test (FailoverTestInfo), with its counters as they are now."""
@@ -164,26 +165,27 @@ class RecoveryTests(Vpgs, Checkpoints):
         return found.model_copy(update={"statistics": counters(statistics)}) if statistics is not None else found
 
     def _reading(self, session: Session, who: Principal, tests: Sequence[RecoveryTest]) -> dict[str, Question]:
-        """Return by test the question whether the caller may read its image, where its disks are served."""
+        """Return by test the question whether the caller may read its image, where something of it would be shown."""
         asked = {}
         for test in tests if who.place is not None else ():
             target = session.get(tables.VpgTarget, (test.enterprise, test.vpg, test.target))
             place = place_of_target(target) if target is not None else None
-            if test.uris:
+            if test.uris or test.results:
                 asked[test.id] = by_person(who, Action.READ, test.enterprise, place, test.vpg)
         return asked
 
     def _readable(
         self, enterprise: str, tests: Sequence[RecoveryTest], reading: Mapping[str, Question]
     ) -> list[RecoveryTest]:
-        """Return the tests as the caller may see them: without their URIs where it may not read."""
+        """Return the tests as the caller may see them: without URIs and what probes printed where it may not read."""
         found = []
         for test in tests:
             if test.id in reading:
                 try:
                     self._permit(enterprise, "read", f"test/{test.id}", [reading[test.id]])
                 except DeniedError as error:
-                    test = test.model_copy(update={"uris": {}, "denied": test.denied or str(error)})
+                    shown = {"uris": {}, "denied": test.denied or str(error)}
+                    test = _without_outputs(test).model_copy(update=shown)
             found.append(test)
         return found
 
@@ -357,6 +359,12 @@ def test_view(row: tables.RecoveryTest, now_ns: int) -> RecoveryTest:
             "rto_seconds": _rto_seconds(row),
         }
     )
+
+
+def _without_outputs(test: RecoveryTest) -> RecoveryTest:
+    """Return a test without what its probes printed and left: that is content of its image."""
+    blank = [result.model_copy(update={"output": "", "artefacts": []}) for result in test.results]
+    return test.model_copy(update={"results": blank})
 
 
 def _rto_seconds(row: tables.RecoveryTest) -> float | None:

@@ -93,7 +93,7 @@ class RecoveryTest(_View):
     """Why policy has stopped it, or does not let the caller read; empty otherwise."""
     probes: list[ProbeSpec] = []
     results: list[ProbeResult] = []
-    """Of the probes that have ended so far, in their order."""
+    """Of the probes that have ended so far, in their order. What they printed and left is not in lists of tests."""
     keep: bool = False
     started_ns: int
     running_ns: int | None = None
