@@ -218,7 +218,6 @@ class StackProcess:
             if served.probing is not None:
                 return
             keys, store = self._keyring.vpg_keys(served.scope), self._stores.at(served.store_url)
-            sweep_probing(self._settings.probes_dir)
             served.probing = Probing(
                 specs,
                 {disk: uris[0] for disk, uris in served.opened.uris.items()},

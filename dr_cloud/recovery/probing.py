@@ -58,7 +58,7 @@ class Probing:
         Args:
             specs: What to run.
             disks: The stack's disks: name → NBD address.
-            place: The node's folder for this; it exists.
+            place: The node's folder for this; what killed tests left there is removed.
             slots: How many probes may run at once on the node.
             keep: Takes an artefact: its path and its bytes. Raises `DrCloudError`.
             limits: What each probe may use.
@@ -75,6 +75,7 @@ class Probing:
         self._stop = threading.Event()
         self._results: list[ProbeResult] = []
         try:
+            sweep_probing(place)
             self._folder, self._lock = make_folder(place, _PREFIX)
             # The folder itself is locked by its lock; the runner's has locks of its own.
             self._work_dir = self._folder / "work"
