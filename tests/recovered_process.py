@@ -1,7 +1,7 @@
 """A process that serves recovered servers, so that it can be killed: `recovered_process.py SETTINGS RECORD VDSA AGAIN`.
 
-It answers on its standard error, for its log goes to the other: first the URIs as JSON. Then, for each line that it reads
-(`promote`, `progress`, `stop`, `discard`), one line: what it has to say, as JSON.
+It answers on its standard error, for its log goes to the other: first the URIs as JSON. Then, for each line that it
+reads (`promote`, `progress`, `stop`, `discard`), one line: what it has to say, as JSON.
 """
 
 from __future__ import annotations

@@ -39,11 +39,11 @@ from dr_cloud.tap.disk import FileDisk
 
 _CHUNK_BLOCKS: Final = 256
 """How much is brought over at once."""
+_PART_BLOCKS: Final = 1 << 14
+"""How much is brought over between two flushes: 64 MiB."""
 _LOOK_BYTES: Final = 1 << 30
-"""In how large a part holes of the image are looked for."""
+"""The largest part of which extents are told at once."""
 _AGAIN_SECONDS: Final = 5.0
-_FLUSH_CHUNKS: Final = 256
-"""Brought over between two flushes."""
 _T = TypeVar("_T")
 log = structlog.get_logger(__name__)
 
@@ -236,39 +236,39 @@ class RecoveredDisk:
 
         Cancelled, it goes on later where it stood.
         """
-        chunks = 0
-        block = self.map.next_missing(0)
-        while block is not None:
+        while (block := self.map.next_missing(0)) is not None:
             try:
-                block = await self._bring_next(block)
-                chunks += 1
-                if chunks % _FLUSH_CHUNKS == 0:
+                while block is not None:
+                    await self._bring_part(block)
                     await self.flush()
-                self.problem = ""
+                    self.problem = ""
+                    block = self.map.next_missing(block)
             except OSError as error:
                 self.problem = f"{self.path.name}: {error}"
                 log.warning("recovered.not_brought_over", disk=str(self.path), error=str(error))
                 await asyncio.sleep(_AGAIN_SECONDS)
-            await asyncio.sleep(0)  # guests first
         if not self.map.complete:
             await self.flush()
             self.map.finish()
         self._image = None
 
-    async def _bring_next(self, block: int) -> int | None:
-        """Bring some blocks over from `block`, which is missing; return the next one that is."""
+    async def _bring_part(self, first: int) -> None:
+        """Bring over what is missing of some blocks from `first` on."""
         assert self._image is not None
-        run, _ = next(self.map.runs(block, min(_LOOK_BYTES >> BLOCK_SHIFT, self.map.count - block)))
-        start, stop = block << BLOCK_SHIFT, min((block + run) << BLOCK_SHIFT, self.size_bytes)
-        (extent, *_) = await _told(self._image.block_status(start, stop - start))
-        whole = extent.length >> BLOCK_SHIFT if start + extent.length < self.size_bytes else run
-        if extent.hole and whole:
-            # The file is a hole there, too; but for blocks that were written while the image was asked.
-            self.map.set(block, min(whole, run))
-            return self.map.next_missing(block)
-        count = max(1, min(whole, run, _CHUNK_BLOCKS))
-        await self._bring_run(block, count)
-        return self.map.next_missing(block)
+        stop = min((first + _PART_BLOCKS) << BLOCK_SHIFT, self.size_bytes)
+        at = first << BLOCK_SHIFT
+        while at < stop:
+            for extent in await _told(self._image.block_status(at, stop - at)):
+                block, end = at >> BLOCK_SHIFT, (at + extent.length + BLOCK_SIZE - 1) >> BLOCK_SHIFT
+                at += extent.length
+                if extent.hole:
+                    self.map.set(block, end - block)  # the file is a hole there, too, but for what was written to it
+                    continue
+                for chunk in range(block, end, _CHUNK_BLOCKS):
+                    count = min(_CHUNK_BLOCKS, end - chunk)
+                    if not self.map.has_all(chunk, count):
+                        await self._bring_run(chunk, count)
+                        await asyncio.sleep(0)  # guests first
 
     @property
     def missing_bytes(self) -> int:
