@@ -43,6 +43,8 @@ CHECKS = [
     negative_data_rejection,
 ]
 AIMED = [check for check in CHECKS if check is not negative_data_rejection]
+NOTHING_ASKED = {"report_key"}
+"""Takes nothing, not even a token: so nothing can be wrong."""
 EXAMPLES = 5
 _turns = itertools.count()
 
@@ -67,6 +69,8 @@ def schema(world: ApiWorld) -> Any:
 @pytest.mark.parametrize("operation", sorted(set(operations()) - {"events"}))
 def test_the_api_keeps_to_its_document(world: ApiWorld, schema: Any, operation: str, mode: GenerationMode) -> None:
     """R21: no 5xx, no breach of the schema."""
+    if mode is GenerationMode.NEGATIVE and operation in NOTHING_ASKED:
+        return
     method, path, _ = operations()[operation]
 
     @settings(max_examples=EXAMPLES, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
