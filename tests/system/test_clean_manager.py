@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from clean_world import SCOPE, CleanWorld, found
 from cloud_databases import BOTH, new_world, postgres  # noqa: F401
 
+from dr_cloud.manager import clean
 from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.manager.tasks import Later, Tasks
 from dr_cloud.model.cloud import PageRequest
@@ -73,17 +73,17 @@ def test_what_is_known_is_not_tested_again(world: CleanWorld, who: Principal):
     assert (again.clean_ns, again.dirty_ns, again.reason) == (first.clean_ns, first.dirty_ns, first.reason)
     assert again.rounds == [] and again.known > 0
     assert len(world.fabric.asked("open_stacks")) == opened
-    other = world.search(who, probes=[ProbeSpec(kind="entropy", disk="sd?")])
+    other = world.search(who, until_ns=times[5], probes=[ProbeSpec(kind="entropy", disk="sd?")])
     assert other.known == 0 and len(other.rounds) > 0
 
 
 def test_neither_end_need_be_clean_or_dirty(world: CleanWorld, who: Principal):
     times = world.journal_of_erp.times
     world.dirty_from(1 << 62)
-    point = world.search(who, until_ns=times[300])
-    assert (point.clean_ns, point.dirty_ns, point.edges) == (times[300], None, [])
+    point = world.search(who, until_ns=times[60])
+    assert (point.clean_ns, point.dirty_ns, point.edges) == (times[60], None, [])
     world.dirty_from(0)
-    point = world.search(who, since_ns=times[500] + 1)
+    point = world.search(who, since_ns=times[500] + 1, until_ns=times[560])
     assert (point.clean_ns, point.dirty_ns) == (None, times[500] + 1)
     point = world.search(who, since_ns=times[980], until_ns=times[980])
     assert (point.clean_ns, point.writes) == (None, 0)
@@ -93,7 +93,7 @@ def test_what_was_written_without_order_is_one_candidate(world: CleanWorld, who:
     """R14.1, R14.2: no time within a synchronisation is told as clean or dirty: its end is."""
     gap_ns = world.gap_ends_ns()
     world.dirty_from(gap_ns - SECOND_NS // 2)
-    point = world.search(who)
+    point = world.search(who, since_ns=gap_ns - 3 * SECOND_NS, until_ns=gap_ns + SECOND_NS)
     before = max(at for at in world.journal_of_erp.times if at <= gap_ns - SECOND_NS)
     assert (point.clean_ns, point.dirty_ns) == (before, gap_ns)
 
@@ -168,15 +168,15 @@ def test_a_manager_that_is_killed_at_any_step_goes_on(
     assert sum(item is not None for item in lost) > 3
 
 
-def test_it_waits_while_the_journal_is_away(world: CleanWorld, who: Principal):
+def test_it_waits_while_the_journal_is_away(world: CleanWorld, who: Principal, monkeypatch: pytest.MonkeyPatch):
     times = world.journal_of_erp.times
-    world.dirty_from(times[50])
+    world.dirty_from(times[5])
     world.fabric.broken["writes_at"] = UnavailableError("the VDSA starts anew")
-    task = world.begin(who)
-    back = threading.Timer(0.5, world.fabric.broken.clear)
-    back.start()
-    assert found(world.end(task)).dirty_ns == times[50]
-    back.join()
+    task = world.begin(who, until_ns=times[9])
+    world.until(lambda: len(world.fabric.asked("writes_at")) > 3)
+    world.fabric.broken.clear()
+    assert found(world.end(task)).dirty_ns == times[5]
+    monkeypatch.setattr(clean, "_AWAY_MAX", 3)
     world.fabric.broken["images_at"] = UnavailableError("the VDSA is gone")
     ended = world.end(world.begin(who))
     assert (ended.completion, ended.exception) == (CompletionCode.FAILED, "the VDSA is gone")
@@ -234,7 +234,7 @@ def test_what_cannot_be_searched(world: CleanWorld, who: Principal):
 
 def test_one_key_begins_one_search(world: CleanWorld, who: Principal):
     def find() -> Task:
-        return world.begin(who)
+        return world.begin(who, until_ns=world.journal_of_erp.times[2])
 
     first = world.cloud.once(who, "k" * 32, "digest", Task, find)
     assert world.cloud.once(who, "k" * 32, "digest", Task, find).id == first.id
