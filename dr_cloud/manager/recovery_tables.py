@@ -47,6 +47,7 @@ class RecoveryTest(Owned, Base):
     __table_args__ = (
         ForeignKeyConstraint(["enterprise", "vpg"], ["vpgs.enterprise", "vpgs.name"], ondelete="CASCADE"),
         Index(None, "enterprise", "vpg", "started_ns"),
+        Index(None, "enterprise", "vpg", "kind", "verdict", "started_ns"),  # the newest that has passed
     )
 
 

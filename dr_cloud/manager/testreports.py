@@ -55,6 +55,8 @@ class TestReports(RecoveryTests):
             # Tests that were started together rest on the same decisions.
             begun = {(test.vpg, test.target, test.started_ns): test for test in found}
             decisions = {key: _decisions(session, test) for key, test in begun.items()}
+        read = {(test.vpg, test.target): target for test, target in zip(found, targets, strict=True) if test.results}
+        withheld = {key: self._withheld(who, enterprise, *key, target) for key, target in read.items()}
         tests = []
         for test, target in zip(found, targets, strict=True):
             center = self._context.config.data_center(target.site) if target is not None else None
@@ -64,7 +66,7 @@ class TestReports(RecoveryTests):
                     center.name if center is not None else "",
                     center.jurisdiction if center is not None else "",
                     decisions[test.vpg, test.target, test.started_ns],
-                    self._withheld(who, test, target),
+                    withheld.get((test.vpg, test.target), ""),
                 )
             )
         if sum(len(result.output) for tested in tests for result in tested.test.results) > OUTPUT_CHARACTERS_MAX:
@@ -98,14 +100,14 @@ class TestReports(RecoveryTests):
             )
         return rows
 
-    def _withheld(self, who: Principal, test: RecoveryTest, target: tables.VpgTarget | None) -> str:
-        """Return why the caller may not read what this test's probes have found; empty if it may."""
-        if who.place is None or not test.results:
+    def _withheld(self, who: Principal, enterprise: str, vpg: str, name: str, target: tables.VpgTarget | None) -> str:
+        """Return why the caller may not read the images at a target; empty if it may."""
+        if who.place is None:
             return ""
         place = place_of_target(target) if target is not None else None
-        question = by_person(who, Action.READ, test.enterprise, place, test.vpg)
+        question = by_person(who, Action.READ, enterprise, place, vpg)
         try:
-            self._permit(test.enterprise, "read", f"test/{test.id}", [question])
+            self._permit(enterprise, "read", subject_of((enterprise, vpg, name)), [question])
         except DeniedError as error:
             return f"outputs and artefacts are left out of this report: {error}"
         return ""

@@ -60,7 +60,7 @@ def test_a_report_is_made_of_what_is_known(world: World) -> None:
         assert "left out" in test.withheld
         assert (test.verdict, test.probes[0].output, test.probes[0].artefacts) == ("fail", None, None)
     refused = world.cloud.decisions(who, "acme").items[-1]
-    assert (refused.point, refused.subject, refused.allow) == ("read", f"test/{ids[0]}", False)
+    assert (refused.point, refused.subject, refused.allow) == ("read", "vpg/erp/dc1", False)
 
     for which in (ReportQuery(test=[ids[0]]), ReportQuery(task=tests[0].task), ReportQuery(vpg="erp")):
         with pytest.raises(NotFoundError, match="'acme'"):

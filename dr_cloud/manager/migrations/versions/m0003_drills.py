@@ -12,6 +12,7 @@ branch_labels = None
 depends_on = None
 
 JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
+PASSED = "ix_recovery_tests_enterprise_vpg_kind_verdict_started_ns"
 VPG = (["enterprise", "vpg"], ["vpgs.enterprise", "vpgs.name"])
 
 
@@ -48,6 +49,7 @@ def upgrade() -> None:
     # Never by a copy of the table: dropping the old one would take along, on SQLite, every row that refers to it.
     for column in _columns():
         op.add_column("recovery_tests", column)
+    op.create_index(op.f(PASSED), "recovery_tests", ["enterprise", "vpg", "kind", "verdict", "started_ns"])
     if op.get_bind().dialect.name == "postgresql":
         for table in ("probe_verdicts", "drills"):
             _secure(table)
@@ -75,6 +77,7 @@ def _secure(table: str) -> None:
 
 def downgrade() -> None:
     """Drop them."""
+    op.drop_index(op.f(PASSED), "recovery_tests")
     for table in ("drills", "probe_verdicts"):
         op.drop_table(table)
     for column in _columns():
