@@ -22,9 +22,12 @@ from dr_cloud.model.principal import Principal
 from dr_cloud.model.probe import ProbeResult, ProbeSpec
 from dr_cloud.model.recovery import TestCredential
 from dr_cloud.model.rights import Action
+from dr_cloud.model.units import SECOND_NS
 
 LOOK_SECONDS: Final = 0.3
 LOOK_SECONDS_MAX: Final = 3.0
+SILENT_SECONDS: Final = 300.0
+"""How long a node may leave the question for a test's probes unanswered."""
 _SLOWER: Final = 1.25
 """By how much longer it waits after each look that found nothing new."""
 
@@ -89,8 +92,13 @@ class Probing(RecoveryTests):
             return self._probed(task, test)
         try:
             progress = self._progress(row)
-        except UnavailableError as error:  # perhaps its node is busy; if it is gone, that is found
-            return self._look_later(task, str(error))
+        except UnavailableError as error:  # perhaps its node is busy
+            now_ns = self._context.clock_ns()
+            silent_ns = int(task.state.get("silent_ns", now_ns))
+            if now_ns - silent_ns > SILENT_SECONDS * SECOND_NS:
+                self._fail(task, test, f"its node does not answer: {error}")
+                return self._probed(task, test)
+            return self._look_later(task, silent_ns=silent_ns)
         except DrCloudError as error:
             problem = "its stack has died" if isinstance(error, NotFoundError) else f"its probes cannot run: {error}"
             self._fail(task, test, problem)
@@ -103,7 +111,7 @@ class Probing(RecoveryTests):
         self._note(task, row, progress)
         if progress.done:
             return self._probed(task, test)
-        task.state = {**task.state, "quiet": 0}
+        task.state = {"tests": [test]}
         return Later(LOOK_SECONDS, len(progress.results) / len(row.probes))
 
     def _progress(self, row: tables.RecoveryTest) -> ProbeProgress:
@@ -157,7 +165,7 @@ class Probing(RecoveryTests):
         return Done({"test": test, "verdict": row.verdict if row is not None else None})
 
     @staticmethod
-    def _look_later(task: tables.Task, problem: str = "") -> Later:
+    def _look_later(task: tables.Task, **more: int) -> Later:
         quiet = int(task.state.get("quiet", 0)) + 1
-        task.state = {**task.state, "quiet": quiet, "problem": problem}
+        task.state = {"tests": task.state["tests"], "quiet": quiet, **more}
         return Later(min(LOOK_SECONDS * _SLOWER**quiet, LOOK_SECONDS_MAX))
