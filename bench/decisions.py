@@ -21,7 +21,7 @@ from dr_cloud.client.client import Client
 from dr_cloud.client.session import tls_context
 from dr_cloud.model.errors import DrCloudError
 
-CLIENTS: Final = 4
+CLIENTS: Final = 6
 _START_SECONDS: Final = 8.0
 """So long the clients may take to start."""
 _ANSWER_SECONDS: Final = 120.0
