@@ -90,6 +90,7 @@ class StackExport:
 
     Attributes:
         blocks_read, blocks_written: Whole blocks of answered requests.
+        failures: Requests that failed for what is not theirs: data is damaged or cannot be fetched; it was paused.
     """
 
     fast_zeroes = True
@@ -100,12 +101,8 @@ class StackExport:
         self.description = f"{disk.name} as it was at {format_time(image.plan.at_ns)}"
         self.size_bytes = disk.size_bytes
         self.read_only = False
-        self.block_size_minimum = 1
-        self.block_size_preferred = BLOCK_SIZE
-        self.blocks_read = 0
-        self.blocks_written = 0
-        self.failures = 0
-        """Requests that failed for what is not theirs: nothing could be fetched, or it is damaged, or it was paused."""
+        self.block_size_minimum, self.block_size_preferred = 1, BLOCK_SIZE
+        self.blocks_read = self.blocks_written = self.failures = 0
         self.on_served: Callable[[], None] | None = None
         """Called when the first read is about to be answered."""
         self._disk = disk
