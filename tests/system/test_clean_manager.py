@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clean_world import SCOPE, CleanWorld, found
@@ -197,6 +198,22 @@ def test_an_abort_ends_the_tests_under_way_and_keeps_what_is_known(world: CleanW
     world.until(lambda: {test.status for test in world.tests_of(task)} == {"stopped"} and not world.fabric.served)
     last = world.tests_of(task)[-1]
     assert last.verdict == "fail" and last.verdict_note == "its search was aborted"
+
+
+def test_an_abort_just_before_a_round_begins_none(world: CleanWorld, who: Principal, monkeypatch: pytest.MonkeyPatch):
+    world.dirty_from(world.journal_of_erp.times[600])
+    writes_at, tasks = world.fabric.writes_at, []
+
+    def abort(*arguments: Any) -> Any:
+        """A person aborts while the search looks where its first round is to be."""
+        world.until(lambda: tasks)
+        world.cloud.abort_task(who, tasks[0].id)
+        return writes_at(*arguments)
+
+    monkeypatch.setattr(world.fabric, "writes_at", abort)
+    tasks.append(world.begin(who))
+    assert world.end(tasks[0]).completion is CompletionCode.ABORTED
+    assert world.tests_of(tasks[0]) == []
 
 
 def test_a_test_that_a_person_stops_says_nothing(world: CleanWorld, who: Principal):
