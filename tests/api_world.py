@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cloud_world import GIB, World
+from cloud_world import World
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from quiet_fabric import GIB
 
 from dr_cloud.api.app import make_app
 from dr_cloud.manager.cloud import SYSTEM, Cloud

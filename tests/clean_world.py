@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from clean_journal import WrittenJournal
-from cloud_world import World, probed
+from cloud_world import World
+from quiet_fabric import probed
 
 from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.model.ids import Scope

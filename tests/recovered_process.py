@@ -18,9 +18,9 @@ from dr_cloud.recovery.servers import RecoveredRecord
 def main(settings: str, record: str, vdsa: str, again: str) -> None:
     process = RecoveredProcess(
         NodeSettings.model_validate_json(settings),
-        RecoveredRecord.model_validate_json(record),
+        "f1",
         Path(vdsa),
-        again == "again",
+        None if again == "again" else RecoveredRecord.model_validate_json(record),
     )
     print(json.dumps(process.opened().uris), file=sys.stderr, flush=True)
     for line in sys.stdin:

@@ -23,6 +23,7 @@ from dr_cloud.actors.logs import provider_archive
 from dr_cloud.actors.placing import Labels, Placing
 from dr_cloud.actors.pool import StackPool
 from dr_cloud.actors.ports import Ports
+from dr_cloud.actors.recovering import RecoveredActors
 from dr_cloud.actors.settings import ProviderSettings
 from dr_cloud.actors.stack import OpenedStack
 from dr_cloud.actors.vdsa import Vdsa
@@ -73,6 +74,8 @@ class RayFabric:
         self._cloud = cloud
         self._placing = Placing(settings.config, rights)
         self._ports = Ports(settings)
+        self._recovered = RecoveredActors(settings)
+        self.recovered, self.promote = self._recovered.progress, self._recovered.promote
         self._lock = threading.Lock()
         self._stacks: dict[str, tuple[OpenedStack, Any, StackPool]] = {}
         self._pools = {
@@ -370,13 +373,23 @@ class RayFabric:
 
     def pause_stack(self, stack: str, reason: str) -> None:
         """Have an open stack answer every request with EPERM; one that is gone is left alone."""
+        if not self._is_open(stack):
+            self._recovered.tell(stack, "pause", reason)
+            return
         with contextlib.suppress(NotFoundError):
             self._ask_stack(stack, "pause", reason)
 
     def resume_stack(self, stack: str) -> None:
         """Have a paused stack go on as before; one that is gone is left alone."""
+        if not self._is_open(stack):
+            self._recovered.tell(stack, "resume")
+            return
         with contextlib.suppress(NotFoundError):
             self._ask_stack(stack, "resume")
+
+    def _is_open(self, stack: str) -> bool:
+        with self._lock:
+            return stack in self._stacks
 
     def close_stack(self, stack: str) -> StackStatistics | None:
         """End a stack; return its last counters, None if it was gone already."""
@@ -403,6 +416,29 @@ class RayFabric:
         """Remove what the probes of these stacks left."""
         vdsa = self._vdsa_of(route)
         ask_again(lambda: vdsa.forget_artefacts.remote(_orders(route), list(stacks)), "the VDSA", PLAN_SECONDS)
+
+    # Recovered servers.
+
+    def recover(self, route: Route, failover: str, at_ns: int | None) -> ServedStack:
+        """Serve the servers of a failover in the data center of the scope, or go on serving them."""
+        labels = self._placing.for_data(Action.FAIL_OVER, route.scope.enterprise, route.site)
+        plan: ImagePlan | None = None
+        if at_ns is not None:
+            vdsa = self._vdsa_of(route)
+            (found,) = ask_again(lambda: vdsa.plans_or_errors.remote(_orders(route), [at_ns]), "the VDSA", PLAN_SECONDS)
+            if isinstance(found, DrCloudError):
+                raise found
+            plan = found
+        return self._recovered.start(route, failover, plan, labels)
+
+    def discard_recovered(self, route: Route, failover: str) -> None:
+        """End the servers of a failover, with all that was written to their disks."""
+        if self._recovered.progress(failover) is None:
+            try:
+                self.recover(route, failover, None)  # only an actor on their node can remove them
+            except DrCloudError as error:
+                _log.warning("recovered.not_discarded", failover=failover, error=str(error))
+        self._recovered.discard(failover)
 
     # Logs.
 

@@ -44,14 +44,16 @@ def recovered_name(failover: str) -> str:
 class RecoveredProcess:
     """The servers of one failover: all of the actor but Ray."""
 
-    def __init__(self, settings: NodeSettings, record: RecoveredRecord, vdsa: Path, again: bool) -> None:
+    def __init__(
+        self, settings: NodeSettings, failover: str, vdsa: Path, record: RecoveredRecord | None = None
+    ) -> None:
         """Recover the servers, or go on with them.
 
         Args:
             settings: The node.
-            record: What they are.
+            failover: The id of their failover.
             vdsa: Where taps find their VDSA.
-            again: They were here before: if they are not on this node, nothing is begun.
+            record: What they are to be; None: they were here before, and if they are not, nothing is begun.
 
         Raises:
             UnavailableError: They are on another node.
@@ -59,14 +61,13 @@ class RecoveredProcess:
         """
         settings.make_folders()
         self._loop = LoopThread("recovered")
-        folder = settings.work_dir / "recovered" / record.failover
-        before = read_record(folder)
-        if again and before is None:
+        folder = settings.work_dir / "recovered" / failover
+        record = read_record(folder) or record
+        if record is None:
             raise UnavailableError(
-                f"the recovered disks of {record.failover} are not on this node", "Start the node that holds them."
+                f"the recovered disks of {failover} are not on this node", "Start the node that holds them."
             )
         folder.parent.mkdir(exist_ok=True, mode=0o700)
-        record = before or record
         started_ns = time.monotonic_ns()
         self._stack: Stack | None = None
         if not record.promoted:
@@ -79,7 +80,7 @@ class RecoveredProcess:
                 folder,
                 record,
                 images,
-                lambda server: settings.socket(f"{recovered_name(record.failover)}/{server}"),
+                lambda server: settings.socket(f"{recovered_name(failover)}/{server}"),
                 vdsa,
             )
         )
@@ -110,6 +111,14 @@ class RecoveredProcess:
 
         self._loop.call(promote())
 
+    def pause(self, reason: str) -> None:
+        """Serve nobody until `resume`; may be repeated."""
+        self._loop.call(self._servers.pause(reason))
+
+    def resume(self) -> None:
+        """Serve again; may be repeated."""
+        self._loop.call(self._servers.resume())
+
     def discard(self) -> None:
         """End them; what was written to them is gone."""
         self._loop.call(self._servers.discard(), _SOON_SECONDS)
@@ -130,6 +139,13 @@ def _cache(settings: NodeSettings, record: RecoveredRecord) -> ObjectCache:
 @ray.remote(max_restarts=-1, max_task_retries=3, num_cpus=0)
 class Recovered(RecoveredProcess):
     """See the module's docstring. Methods may be tried again after a restart: each is safe to repeat."""
+
+    def __init__(
+        self, settings: NodeSettings, failover: str, vdsa: Path, record: RecoveredRecord | None = None
+    ) -> None:
+        """See `RecoveredProcess`. Started again by Ray, it goes on with what is on the node, and begins nothing."""
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        super().__init__(settings, failover, vdsa, None if again else record)
 
     def where(self) -> Where:
         """Return where it runs."""

@@ -50,6 +50,18 @@ def failover(
     return once.task(lambda: cloud.failover(who, enterprise, vpg, body))
 
 
+@router.post(_VPG + "/failover/commit", status_code=202, tags=["failover"])
+def commit_failover(cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart) -> Task:
+    """Have the recovered servers stay; the task ends when their disks need the journal no more."""
+    return once.task(lambda: cloud.commit_failover(who, enterprise, vpg))
+
+
+@router.post(_VPG + "/failover/release", status_code=202, tags=["failover"])
+def release_failover(cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart) -> Task:
+    """End the servers of a committed failover, with their disks."""
+    return once.task(lambda: cloud.release_failover(who, enterprise, vpg))
+
+
 @router.delete(_VPG + "/failover", status_code=202, tags=["failover"])
 def rollback_failover(cloud: Manager, who: Who, once: OnlyOnce, enterprise: Tenant, vpg: NamePart) -> Task:
     """Roll a failover back: the recovered disks and what was written to them are gone, protection goes on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,8 +11,10 @@ from dr_cloud.cli.rest import Call, NoWait, command, time_or_none
 from dr_cloud.model.errors import InvalidError
 from dr_cloud.model.recovery import CleanPoint, FailoverRequest
 from dr_cloud.model.task import CompletionCode
+from dr_cloud.model.units import parse_duration
 
 app = group("Failover of protection groups.")
+Then = Literal["wait", "commit", "rollback"]
 Vpg = Annotated[str, typer.Argument(help="The protection group.")]
 
 
@@ -25,9 +27,11 @@ def start(
     at: Annotated[str, typer.Option(help="To this time (RFC 3339 with a zone). Neither: to the latest.")] = "",
     clean: Annotated[str, typer.Option(metavar="TASK", help="To what this search (find-clean) has found.")] = "",
     reverse: Annotated[bool, typer.Option(help="Whether replication back is wanted after the commit.")] = True,
+    then: Annotated[Then, typer.Option(help="What happens by itself, some time later.")] = "wait",
+    after: Annotated[str, typer.Option(help="How much later, e.g. 30m.")] = "1h",
     no_wait: NoWait = False,
 ) -> None:
-    """Fail over: the recovered disks are served, writable. Can be rolled back."""
+    """Fail over: servers are recovered on disks that last. Then commit it, or roll it back."""
     if (checkpoint is not None) + bool(at) + bool(clean) > 1:
         raise InvalidError("more than one time is given", "Give one of --checkpoint, --at and --clean.")
     at_ns = time_or_none(at)
@@ -36,7 +40,14 @@ def start(
         if target not in (None, found.target):
             raise InvalidError(f"the search was at target {found.target}", "Leave --target out, or name that one.")
         target, at_ns = found.target, found.clean_ns
-    request = FailoverRequest(target=target, checkpoint=checkpoint, at_ns=at_ns, reverse=reverse)
+    request = FailoverRequest(
+        target=target,
+        checkpoint=checkpoint,
+        at_ns=at_ns,
+        reverse=reverse,
+        then=then,
+        after_seconds=int(parse_duration(after)),
+    )
     task = call.client.failover(vpg, request)
     if no_wait:
         call.task(task, no_wait=True, done="")
@@ -56,6 +67,32 @@ def _found(call: Call, vpg: str, search: str) -> CleanPoint:
     if found.clean_ns is None:
         raise InvalidError(f"search {search} has found no clean time", "Search from an earlier time on.")
     return found
+
+
+@command(app, "commit")
+def commit(call: Call, vpg: Vpg, no_wait: NoWait = False) -> None:
+    """Have the recovered servers stay. Ends when their disks need the journal no more; they run meanwhile."""
+    call.task(call.client.commit_failover(vpg), no_wait=no_wait, done=f"the servers of {vpg} stay at the target")
+
+
+@command(app, "release")
+def release(
+    call: Call,
+    vpg: Vpg,
+    yes: Annotated[bool, typer.Option("--yes", help="Their disks are deleted; say that you know.")] = False,
+    no_wait: NoWait = False,
+) -> None:
+    """End the servers of a committed failover, and delete their disks."""
+    if not yes:
+        raise InvalidError(f"this deletes the disks on which the servers of {vpg} run", "Add --yes if you mean it.")
+    call.task(call.client.release_failover(vpg), no_wait=no_wait, done=f"the recovered servers of {vpg} are gone")
+
+
+@command(app, "show")
+def show(call: Call, vpg: Vpg) -> None:
+    """Show the failovers of a group: their time, where they are served, how far their disks are their own."""
+    found = [test for test in call.client.tests(vpg) if test.kind == "failover"]
+    call.out.rows(found, "id at_ns status then expires_ns uris statistics ended problem denied")
 
 
 @command(app, "rollback")

@@ -255,6 +255,14 @@ class Client(DrillCalls):
         """Fail over."""
         return self._send(Task, "POST", self._own("vpgs", vpg, "failover"), request)
 
+    def commit_failover(self, vpg: str) -> Task:
+        """Have the recovered servers stay."""
+        return self._send(Task, "POST", self._own("vpgs", vpg, "failover", "commit"))
+
+    def release_failover(self, vpg: str) -> Task:
+        """End the servers of a committed failover, with their disks."""
+        return self._send(Task, "POST", self._own("vpgs", vpg, "failover", "release"))
+
     def rollback_failover(self, vpg: str) -> Task:
         """Roll a failover back."""
         return self._send(Task, "DELETE", self._own("vpgs", vpg, "failover"))

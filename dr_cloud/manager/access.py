@@ -35,6 +35,7 @@ _OPERATE: Final = READ | {
     "vpg.sync",
     "checkpoint.insert",
     "failover.start",
+    "failover.commit",
     "failover.rollback",
     "test.start",
     "test.stop",
@@ -62,6 +63,7 @@ _ADMINISTER: Final = _OPERATE | {
     "vpg.create",
     "vpg.update",
     "vpg.remove",
+    "failover.release",
 }
 _PROVIDER_OPERATE: Final = _OPERATE | {
     "site.pair",
@@ -107,7 +109,9 @@ ASKED: Final[dict[str, Action]] = {
         "vpg.resume",
         "vpg.sync",
         "checkpoint.insert",
+        "failover.commit",
         "failover.rollback",
+        "failover.release",
         "test.stop",
         "test.discard",
         "drill.put",

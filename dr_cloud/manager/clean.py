@@ -128,7 +128,7 @@ class CleanSearches(RecoveryTests):
     def _advance(self, task: tables.Task, state: _State) -> Later | Done:
         request, route = (
             _request(task),
-            self._route_to(Scope(task.enterprise, task.vpg or "", str(task.inputs["target"]))),
+            self.route_to(Scope(task.enterprise, task.vpg or "", str(task.inputs["target"]))),
         )
         if state.search is None:
             state.search = self._prepare(task, state, request, route)

@@ -52,6 +52,7 @@ from dr_cloud.manager.policies import Policies
 from dr_cloud.manager.probing import Probing
 from dr_cloud.manager.publish import Publisher
 from dr_cloud.manager.record import Recorder
+from dr_cloud.manager.recovering import Recovering
 from dr_cloud.manager.registry import Registry
 from dr_cloud.manager.reports import Reports
 from dr_cloud.manager.rounds import Rounds
@@ -149,6 +150,7 @@ class Cloud(Enterprises, Sites, Failover, Probing, CleanSearches, Drills, TestRe
         self.monitor = Monitor(context, answers_for)
         self.drill_rounds = Rounds("drills", DRILL_SECONDS, [self.look_at_drills])
         self.tending = Tending(context, answers_for)
+        self.recovering = Recovering(context, self, answers_for)
         self.standing = StandingRights(context, answers_for)
 
     def start(self) -> None:
@@ -167,6 +169,7 @@ class Cloud(Enterprises, Sites, Failover, Probing, CleanSearches, Drills, TestRe
         self._context.registry.start()
         self.monitor.start()
         self.tending.start()
+        self.recovering.start()
         self.standing.start()
         self.drill_rounds.start()
 
@@ -175,6 +178,7 @@ class Cloud(Enterprises, Sites, Failover, Probing, CleanSearches, Drills, TestRe
         self.drill_rounds.close()
         self.standing.close()
         self.tending.close()
+        self.recovering.close()
         self.monitor.close()
         self._context.tasks.close()
         self._context.registry.close()

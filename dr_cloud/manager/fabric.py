@@ -17,6 +17,7 @@ from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.journal import Checkpoint, PlacedImage, PlacedWrite, Write
 from dr_cloud.model.probe import ProbeResult, ProbeSpec
 from dr_cloud.model.recovery import TestCredential
+from dr_cloud.recovery.servers import RecoveredProgress
 from dr_cloud.stack.stack import StackStatistics
 
 
@@ -166,6 +167,30 @@ class Fabric(Protocol):
 
     def resume_stack(self, stack: str) -> None:
         """Let it serve again."""
+        ...
+
+    def recover(self, route: Route, failover: str, at_ns: int | None) -> ServedStack:
+        """Serve the servers of a failover, whose disks last, in the data center of the scope.
+
+        Safe to repeat: those that are served are told as they are.
+
+        Args:
+            route: The scope and where its journal is.
+            failover: The id that they are to have.
+            at_ns: The time that their disks begin as; None: they were there before, and nothing is begun anew.
+        """
+        ...
+
+    def recovered(self, failover: str) -> RecoveredProgress | None:
+        """Return how the servers of a failover stand; None if nobody serves them now."""
+        ...
+
+    def promote(self, failover: str) -> None:
+        """Begin to make their disks their own, so that they need the journal no more. May be repeated."""
+        ...
+
+    def discard_recovered(self, route: Route, failover: str) -> None:
+        """End the servers of a failover, with all that was written to their disks. May be repeated."""
         ...
 
     def free_bytes(self, data_center: str, datastore: str) -> int | None:

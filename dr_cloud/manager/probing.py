@@ -66,7 +66,7 @@ class Probing(RecoveryTests):
             if path not in {artefact.path for artefact in left}:
                 raise missing("artefact", path)
             scope = Scope(enterprise, row.vpg, row.target)
-        return self._context.fabric.artefact(self._route_to(scope), test, path)
+        return self._context.fabric.artefact(self.route_to(scope), test, path)
 
     def _readable_test(self, change: Change, test: str) -> tables.RecoveryTest:
         """Return a test whose image the caller may read. The decision is a part of the change."""
@@ -121,7 +121,7 @@ class Probing(RecoveryTests):
         if progress is None:
             raise NotFoundError("there is no such stack")
         if not progress.started:
-            route = self._route_to(Scope(row.enterprise, row.vpg, row.target))
+            route = self.route_to(Scope(row.enterprise, row.vpg, row.target))
             fabric.start_probes(route, row.id, [ProbeSpec.model_validate(spec) for spec in row.probes])
         return progress
 

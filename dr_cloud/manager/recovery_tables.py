@@ -43,6 +43,8 @@ class RecoveryTest(Owned, Base):
     remote: Mapped[bool] = mapped_column(default=False)
     expires_ns: Mapped[int | None]
     ended: Mapped[str] = mapped_column(default="")
+    then: Mapped[str] = mapped_column(default="")
+    """Of a failover: what happens at `expires_ns`, `commit` or `rollback`; empty for nothing."""
 
     __table_args__ = (
         ForeignKeyConstraint(["enterprise", "vpg"], ["vpgs.enterprise", "vpgs.name"], ondelete="CASCADE"),

@@ -39,6 +39,7 @@ from dr_cloud.model.units import SECOND_NS, format_time
 from dr_cloud.model.vpg import VpgEvent, VpgStatus, next_status
 from dr_cloud.recovery.probes.probe import make_probe
 from dr_cloud.recovery.probes.spec import with_names
+from dr_cloud.recovery.servers import RecoveredProgress
 
 CLOSE_ATTEMPTS: Final = 20
 """How often a task tries to close a stack that does not answer, in half a minute."""
@@ -128,7 +129,7 @@ class RecoveryTests(Vpgs, Checkpoints):
             return len(rows)
 
     def _forget_artefacts(self, scope: Scope, stacks: Sequence[str]) -> None:
-        self._context.fabric.forget_artefacts(self._route_to(scope), stacks)
+        self._context.fabric.forget_artefacts(self.route_to(scope), stacks)
 
     def tests(
         self, who: Principal, enterprise: str, vpg: str | None = None, page: PageRequest = PageRequest()
@@ -159,6 +160,9 @@ class RecoveryTests(Vpgs, Checkpoints):
         if row.status != "running":
             return found
         try:
+            if row.kind == "failover":
+                progress = self._context.fabric.recovered(test)
+                return found.model_copy(update={"statistics": recovered_counters(progress)}) if progress else found
             statistics = self._context.fabric.stack_statistics(test)
         except DrCloudError as error:
             return found.model_copy(update={"problem": str(error)})
@@ -249,7 +253,7 @@ class RecoveryTests(Vpgs, Checkpoints):
             return {}
         opened: Mapping[str, ServedStack | DrCloudError]
         try:
-            route = self._route_to(Scope(task.enterprise, task.vpg or "", str(task.inputs["target"])))
+            route = self.route_to(Scope(task.enterprise, task.vpg or "", str(task.inputs["target"])))
             opened = self._context.fabric.open_stacks(route, times_ns, quota_bytes, remote)
         except DrCloudError as error:
             opened = dict.fromkeys(times_ns, error)
@@ -285,7 +289,8 @@ class RecoveryTests(Vpgs, Checkpoints):
                 task.state = {"tests": [row.id]}
                 session.add(task)
 
-    def _route_to(self, scope: Scope) -> Route:
+    def route_to(self, scope: Scope) -> Route:
+        """Return where a scope's journal is, with the grant for it. Raises `DeniedError`."""
         with self._database.read(scope.enterprise) as session:
             way = self._way(session, *self._find(session, scope))
         return self._granted([way])[0]
@@ -294,6 +299,11 @@ class RecoveryTests(Vpgs, Checkpoints):
         table = tables.RecoveryTest
         with self._database.read(task.enterprise) as session:
             return list(session.scalars(select(table).where(table.id.in_(task.state["tests"]))))
+
+
+def recovered_counters(progress: RecoveredProgress) -> dict[str, float | int | None]:
+    """Return how recovered servers stand, as it is kept."""
+    return {name: getattr(progress, name) for name in ("size_bytes", "missing_bytes", "promoting", "promoted")}
 
 
 def open_tests(vpg: str, kind: str) -> Any:
@@ -356,6 +366,7 @@ def test_view(row: tables.RecoveryTest, now_ns: int) -> RecoveryTest:
             "remote": row.remote,
             "expires_ns": row.expires_ns,
             "ended": row.ended,
+            "then": row.then,
             "rto_seconds": _rto_seconds(row),
         }
     )

@@ -75,7 +75,7 @@ class Tending:
         """Keep the counters of running tests; end those whose stack has died, or has no room for what they write."""
         table = tables.RecoveryTest
         seen: dict[str, dict[str, StackStatistics]] = defaultdict(dict)
-        for enterprise, id_ in self._keys(table.status == "running"):
+        for enterprise, id_ in self._keys(table.kind == "test", table.status == "running"):
             try:
                 statistics = self._context.fabric.stack_statistics(id_)
             except DrCloudError:
@@ -95,7 +95,7 @@ class Tending:
                     problem = (
                         f"{statistics.writes_refused} writes found no room: its quota, or the node's disk, is full"
                     )
-                    self._end((enterprise, id_), ("running",), "it can write no more", problem=problem, only="test")
+                    self._end((enterprise, id_), ("running",), "it can write no more", problem=problem)
 
     def mend(self) -> None:
         """End the tests that wait for a task that is not there any more: it broke, or its database was lost."""
@@ -152,9 +152,7 @@ class Tending:
     def _keys(self, *which: object) -> Sequence[_Key]:
         return [key for key, _, _ in self._waiting(*which)]
 
-    def _end(
-        self, key: _Key, before: Sequence[str], ended: str, *, problem: str = "", gone: bool = False, only: str = ""
-    ) -> None:
+    def _end(self, key: _Key, before: Sequence[str], ended: str, *, problem: str = "", gone: bool = False) -> None:
         """End one test, as a stop does.
 
         Args:
@@ -163,7 +161,6 @@ class Tending:
             ended: Why.
             problem: What was wrong; empty if nothing was.
             gone: Whether its stack is known to be gone.
-            only: The kind that is ended; of another only the problem is noted. Empty: any.
         """
         enterprise, id_ = key
         with self._database.write(enterprise) as session:
@@ -172,8 +169,6 @@ class Tending:
                 return
             lock_vpg(session, row)
             row.problem = problem or row.problem
-            if only and row.kind != only:
-                return
             if gone:
                 row.ended = ended
                 end(self._context, session, row, None)

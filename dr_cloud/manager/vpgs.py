@@ -49,7 +49,15 @@ from dr_cloud.model.vpg import (
 )
 
 _OPEN = (TaskStatus.ACTIVE.value, TaskStatus.RUNNING.value)
-EXCLUSIVE = ("vpg.create", "vpg.update", "vpg.remove", "vpg.sync", "failover.start", "failover.rollback")
+EXCLUSIVE = (
+    "vpg.create",
+    "vpg.update",
+    "vpg.remove",
+    "vpg.sync",
+    "failover.start",
+    "failover.commit",
+    "failover.rollback",
+)
 """Tasks of which a VPG has one at a time."""
 
 
@@ -131,13 +139,24 @@ class Vpgs(Operations):
         """Stop protecting, and forget the VPG. Its journal stays in the store. `force` takes it out of any status."""
         with self._change(who, "vpg.remove", enterprise, f"vpg {vpg}") as change:
             row = self._row(change.session, enterprise, vpg)
+            wanted = select(tables.RecoveryTest.id).where(
+                tables.RecoveryTest.vpg == vpg,
+                tables.RecoveryTest.kind == "failover",
+                tables.RecoveryTest.stopped_ns.is_(None),
+            )
+            if change.session.scalars(wanted).first() is not None:
+                raise ConflictError(
+                    f"servers of {vpg} run from recovered disks", "Roll the failover back, or release its servers."
+                )
             if not force:
                 self._one_at_a_time(change.session, row)
                 row.status = next_status(VpgStatus(row.status), VpgEvent.REMOVE_STARTED).value
                 return change.done(self._tell(change, row, "vpg.remove", {"force": False}))
             tests = change.session.scalars(
                 select(tables.RecoveryTest.id).where(
-                    tables.RecoveryTest.vpg == vpg, tables.RecoveryTest.stopped_ns.is_(None)
+                    tables.RecoveryTest.vpg == vpg,
+                    tables.RecoveryTest.kind == "test",
+                    tables.RecoveryTest.stopped_ns.is_(None),
                 )
             )
             inputs = {"force": True, "stacks": list(tests)}

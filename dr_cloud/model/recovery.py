@@ -42,6 +42,9 @@ class FailoverRequest(_Request):
     at_ns: TimeNs | None = None
     reverse: bool = True
     """Whether replication back is wanted after the commit."""
+    then: Literal["wait", "commit", "rollback"] = "wait"
+    """What happens by itself `after_seconds` after the servers were recovered; `wait`: nothing, until a person says."""
+    after_seconds: int = Field(default=3600, ge=0, le=LIFETIME_SECONDS_MAX)
 
 
 class TestsRequest(_Request):
@@ -99,7 +102,9 @@ class RecoveryTest(_View):
     running_ns: int | None = None
     """When its disks were served."""
     expires_ns: int | None = None
-    """When it ends by itself; None for a failover."""
+    """When it ends by itself; of a failover: when it is committed or rolled back by itself, if it is."""
+    then: Literal["", "commit", "rollback"] = ""
+    """What happens then to a failover."""
     stopped_ns: int | None = None
     ended: str = ""
     """Why it ended: by whom, its time, its probes, its stack; empty while it has not."""

@@ -72,6 +72,8 @@ class RecoveredProgress(BaseModel):
     """Still to be brought over from the journal; 0 once promoted."""
     problem: str
     """What keeps it from being promoted, at present; empty if nothing does."""
+    paused: str = ""
+    """Why they are not served; empty if they are."""
 
 
 def read_record(folder: Path) -> RecoveredRecord | None:
@@ -102,6 +104,9 @@ class RecoveredServers:
         """Those that no set closes (yet)."""
         self._sets: list[DiskSet] = []
         self._servers: list[NbdServer] = []
+        self._sockets: list[Path] = []
+        """Of each set."""
+        self._paused = ""
         self._promoting: asyncio.Task[None] | None = None
 
     @classmethod
@@ -169,11 +174,30 @@ class RecoveredServers:
         self._sets.append(served)
         self._loose = [disk for disk in self._loose if disk not in recovered.values()]
         served.start()
+        self._sockets.append(socket)
+        nbd = await self._listen(served, socket)
+        for name in recovered:
+            self.uris[f"{server}/{name}"] = nbd.uris(name)
+
+    async def _listen(self, served: DiskSet, socket: Path) -> NbdServer:
         nbd = NbdServer(served.table)
         await nbd.start(unix_path=str(socket))
         self._servers.append(nbd)
-        for name in recovered:
-            self.uris[f"{server}/{name}"] = nbd.uris(name)
+        return nbd
+
+    async def pause(self, reason: str) -> None:
+        """Close every door: whoever uses the disks is disconnected, until `resume`. May be repeated."""
+        self._paused = reason
+        servers, self._servers = self._servers, []
+        for server in servers:
+            await server.close(0.0)
+
+    async def resume(self) -> None:
+        """Open them again. May be repeated."""
+        if self._paused:
+            self._paused = ""
+            for served, socket in zip(self._sets, self._sockets, strict=True):
+                await self._listen(served, socket)
 
     def promote(self) -> None:
         """Begin to make the disks their own; goes on by itself until it is done. May be repeated."""
@@ -203,6 +227,7 @@ class RecoveredServers:
             size_bytes=sum(disk.size_bytes for disk in self._disks),
             missing_bytes=sum(disk.missing_bytes for disk in self._disks),
             problem="; ".join(disk.problem for disk in self._disks if disk.problem),
+            paused=self._paused,
         )
 
     async def close(self) -> None:

@@ -11,8 +11,9 @@ import pytest
 from cli_run import run_cli
 from cli_world import Provider, provider  # noqa: F401
 from cloud_databases import BOTH, new_world, postgres  # noqa: F401
-from cloud_world import World, probed
+from cloud_world import World
 from engine_world import begin, ended, furnish
+from quiet_fabric import probed
 
 from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.model.cloud import TokenRequest

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from cloud_databases import BOTH, new_world, postgres  # noqa: F401
-from cloud_world import LAW, START_NS, World, probed, settings
+from cloud_world import LAW, World, settings
 from engine_world import ENTROPY, FSCK, SCOPE, furnish, until
+from quiet_fabric import START_NS, probed
 
 from dr_cloud.manager import tables
 from dr_cloud.manager.cloud import SYSTEM

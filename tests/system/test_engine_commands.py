@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli_run import run_cli
 from cli_world import Provider, provider  # noqa: F401
-from cloud_world import probed
+from quiet_fabric import probed
 
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.units import SECOND_NS, format_time

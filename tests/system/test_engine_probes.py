@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from cloud_databases import new_world, postgres, world  # noqa: F401
-from cloud_world import World, probed
+from cloud_world import World
 from engine_world import ENTROPY, FSCK, begin, ended, furnish, until
+from quiet_fabric import probed
 from sqlalchemy import select
 
 from dr_cloud.manager import tables

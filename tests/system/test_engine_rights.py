@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from cloud_databases import new_world
-from cloud_world import LAW, probed
+from cloud_world import LAW
+from quiet_fabric import probed
 from rights_world import RightsWorld
 
 from dr_cloud.manager.cloud import SYSTEM

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 from cloud_databases import BOTH, Postgres, new_world, postgres  # noqa: F401
-from cloud_world import START_NS
+from quiet_fabric import START_NS
 from sqlalchemy import create_engine, delete, func, insert, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.orm import aliased, selectinload

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from cloud_databases import postgres, world  # noqa: F401
-from cloud_world import GIB, START_NS, World, settings
+from cloud_world import World, settings
+from quiet_fabric import GIB, START_NS
 
 from dr_cloud.manager.cloud import SYSTEM
 from dr_cloud.model.cloud import CheckpointFilter, CheckpointOrder, PageRequest, VpgFilter

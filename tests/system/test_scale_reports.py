@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cloud_databases import postgres, world  # noqa: F401
-from cloud_world import GIB, World
+from cloud_world import World
+from quiet_fabric import GIB
 from sqlalchemy import event
 
 from dr_cloud.manager.cloud import SYSTEM

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cloud_world import probed
+from quiet_fabric import probed
 
 from dr_cloud.model.probe import ProbeResult, ProbeSpec
 from dr_cloud.recovery.verdicts import data_verdict, probes_digest, verdict_of_test

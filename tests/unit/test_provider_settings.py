@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dr_cloud.actors.cluster import Placement
-from dr_cloud.actors.ports import Ports
 from dr_cloud.actors.https import split_listen
+from dr_cloud.actors.ports import Ports
 from dr_cloud.actors.settings import ProviderSettings, load_provider, locked
 from dr_cloud.actors.up import tenants_of
 from dr_cloud.model.errors import ConflictError, DrCloudError, LimitError

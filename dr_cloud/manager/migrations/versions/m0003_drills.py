@@ -64,6 +64,7 @@ def _columns() -> list[sa.Column[object]]:
         sa.Column("remote", sa.Boolean(), nullable=False, server_default=sa.false()),
         sa.Column("expires_ns", sa.BigInteger(), nullable=True),
         sa.Column("ended", sa.Text(), nullable=False, server_default=""),
+        sa.Column("then", sa.Text(), nullable=False, server_default=""),
     ]
 
 
