@@ -225,6 +225,8 @@ def test_a_test_that_a_person_stops_says_nothing(world: CleanWorld, who: Princip
     world.until(lambda: world.fabric.served)
     (test,) = world.tests_of(task)
     world.cloud.stop_test(who, "acme", test.id, StopTest(verdict="pass", note="looks fine to me"))
+    # Until it has ended: what its probes had found by then would count.
+    world.until(lambda: world.cloud.test(who, "acme", test.id).status == "stopped")
     world.fabric.ended_max = 1000
     point = found(world.end(task))
     assert (point.clean_ns, point.dirty_ns) == (times[9], times[10])
