@@ -179,6 +179,16 @@ def test_a_node_that_does_not_answer_is_asked_again(quick: World) -> None:
     assert ended(quick, who, test.id).verdict == "pass"
 
 
+def test_a_node_that_never_answers_again_does_not_keep_its_test_open(quick: World) -> None:
+    who = furnish(quick)
+    quick.fabric.broken["probe_progress"] = UnavailableError("the node is away")
+    (test,) = begin(quick, who)
+    until(quick, lambda: quick.cloud.test(who, "acme", test.id).stopped_ns is not None, 20.0)
+    found = quick.cloud.test(who, "acme", test.id)
+    assert (found.status, found.verdict) == ("failed", "fail")
+    assert found.problem == "its node does not answer: the node is away"
+
+
 def test_a_stack_that_dies_while_it_is_probed_ends_one_test_alone(quick: World) -> None:
     who = furnish(quick)
     quick.fabric.ended_max = 1
