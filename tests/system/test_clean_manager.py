@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clean_world import SCOPE, CleanWorld, found
+from clean_world import SCOPE, Answers, CleanWorld, found
 from cloud_databases import BOTH, new_world, postgres  # noqa: F401
 
 from dr_cloud.manager import clean
@@ -160,13 +160,13 @@ def test_a_manager_that_is_killed_at_any_step_goes_on(
     task = world.begin(who)
     for _ in range(3):
         seen = len(lost)
-        world.until(lambda seen=seen: len(lost) >= seen + 3)
+        world.until(lambda seen=seen: len(lost) >= seen + 3 or world.cloud.task(who, task.id).ended_ns)
         world.restart()
     point = found(world.end(task))
     assert (point.clean_ns, point.dirty_ns) == (times[320], times[321])
     asked = [test.asked_ns for test in world.tests_of(task)]
     assert len(asked) == len(set(asked)) == sum(one.tests for one in point.rounds)
-    assert sum(item is not None for item in lost) > 3
+    assert sum(item is not None for item in lost) >= 2
 
 
 def test_it_waits_while_the_journal_is_away(world: CleanWorld, who: Principal, monkeypatch: pytest.MonkeyPatch):
@@ -183,13 +183,25 @@ def test_it_waits_while_the_journal_is_away(world: CleanWorld, who: Principal, m
     assert (ended.completion, ended.exception) == (CompletionCode.FAILED, "the VDSA is gone")
 
 
+class FirstRound(Answers):
+    """Answers for the first eight times that are asked about; the probes of all others never end."""
+
+    def __init__(self, judge: Callable[[int], bool | None]) -> None:
+        super().__init__(judge)
+        self.first: set[int] = set()
+
+    def get(self, at_ns: int, default: Any = None) -> Any:
+        if len(self.first) < 8:
+            self.first.add(at_ns)
+        return super().get(at_ns) if at_ns in self.first else []
+
+
 def test_an_abort_ends_the_tests_under_way_and_keeps_what_is_known(world: CleanWorld, who: Principal):
     times = world.journal_of_erp.times
-    world.dirty_from(times[600])
+    world.fabric.answers = FirstRound(lambda at_ns: at_ns < times[600])
     task = world.begin(who)
     world.until(lambda: (world.cloud.task(who, task.id).result or {}).get("rounds"))
     assert 0 < world.cloud.task(who, task.id).progress < 1
-    world.fabric.ended_max = 0
     world.until(lambda: world.fabric.served)
     world.cloud.abort_task(who, task.id)
     ended = world.end(task)
