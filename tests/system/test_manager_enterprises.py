@@ -27,17 +27,19 @@ from dr_cloud.model.errors import ConflictError, DrCloudError, ForbiddenError, N
 from dr_cloud.model.ids import Scope
 from dr_cloud.model.pairing import PairingToken, PairRequest
 from dr_cloud.model.principal import Role
+from dr_cloud.model.probe import ProbeSpec
 from dr_cloud.model.provider import EnterpriseConfig, SiteConfig
-from dr_cloud.model.recovery import FailoverRequest, StopTest, TestsRequest
+from dr_cloud.model.recovery import CleanRequest, DrillSettings, FailoverRequest, ReportQuery, StopTest, TestsRequest
 from dr_cloud.model.replication import HostReport, SiteReport, Throttle
 from dr_cloud.model.task import CompletionCode, Task
 from dr_cloud.model.vpg import ProtectedServer
 from dr_cloud.seal.identity import new_key_and_csr
 
+PROBES = [ProbeSpec(kind="entropy")]
 INBOUND = {
     "authenticate", "known_caller", "pair", "renew", "certificate_ok", "check_certificate", "connector_started",
     "site_connected", "site_lost", "site_report", "host_report", "orders_for", "host_orders", "route", "start", "close",
-    "once",
+    "once", "route_to", "look_at_drills",
 }  # fmt: skip
 
 
@@ -67,6 +69,7 @@ def arguments(name: str, enterprise: str, thing: str, site: str, ids: dict[str, 
         "token": ids["token"],
         "count": 1,
         "path": "fsck/report",
+        "drill": "nightly",
         "after": 0,
         "timeout_seconds": 0.0,
         "data_center": "us-east",
@@ -81,6 +84,9 @@ def arguments(name: str, enterprise: str, thing: str, site: str, ids: dict[str, 
         "failover": {"request": FailoverRequest()},
         "start_tests": {"request": TestsRequest(times_ns=[1])},
         "collect_logs": {"request": LogRequest(site=site)},
+        "find_clean": {"request": CleanRequest(since_ns=1, until_ns=2, probes=PROBES)},
+        "put_drill": {"settings": DrillSettings(name="nightly", schedule="0 3 * * *", probes=PROBES)},
+        "tests_report": {"which": ReportQuery(test=[ids["test"]])},
     }
     values |= special.get(name, {})
     parameters = inspect.signature(getattr(Cloud, name)).parameters

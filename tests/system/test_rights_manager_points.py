@@ -21,7 +21,7 @@ from dr_cloud.model.decision import Decision
 from dr_cloud.model.errors import DeniedError, DrCloudError, ForbiddenError
 from dr_cloud.model.principal import Role
 from dr_cloud.model.probe import ProbeSpec
-from dr_cloud.model.recovery import DrillSettings, FailoverRequest, StopTest, TestsRequest
+from dr_cloud.model.recovery import CleanRequest, DrillSettings, FailoverRequest, StopTest, TestsRequest
 from dr_cloud.model.rights import Action
 from dr_cloud.model.vpg import ProtectedServer
 from dr_cloud.rights import grant
@@ -279,6 +279,7 @@ def acts(world: RightsWorld, test: str, task: str) -> dict[str, Callable[[Any], 
     token = cloud.create_token(SYSTEM, spare).token.id
     drill = DrillSettings(name="d", schedule="0 3 * * 1", target="us", probes=[ProbeSpec(kind="entropy")])
     cloud.put_drill(SYSTEM, "acme", "erp", drill)
+    search = CleanRequest(target="us", since_ns=1, until_ns=2, probes=drill.probes)
     return {
         "vpg.create": lambda who: cloud.create_vpg(who, "acme", to("us-east", name="new")),
         "vpg.update": lambda who: cloud.update_vpg(who, "acme", "erp", settings),
@@ -295,6 +296,7 @@ def acts(world: RightsWorld, test: str, task: str) -> dict[str, Callable[[Any], 
         "test.start": lambda who: cloud.start_tests(who, "acme", "erp", TestsRequest(target="us", times_ns=[1])),
         "test.stop": lambda who: cloud.stop_test(who, "acme", test, StopTest()),
         "test.discard": lambda who: cloud.discard_tests(who, "acme", "erp", 1),
+        "clean.find": lambda who: cloud.find_clean(who, "acme", "erp", search),
         "drill.put": lambda who: cloud.put_drill(who, "acme", "erp", drill),
         "drill.run": lambda who: cloud.run_drill(who, "acme", "erp", "d"),
         "drill.remove": lambda who: cloud.remove_drill(who, "acme", "erp", "d"),
