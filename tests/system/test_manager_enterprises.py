@@ -39,7 +39,7 @@ PROBES = [ProbeSpec(kind="entropy")]
 INBOUND = {
     "authenticate", "known_caller", "pair", "renew", "certificate_ok", "check_certificate", "connector_started",
     "site_connected", "site_lost", "site_report", "host_report", "orders_for", "host_orders", "route", "start", "close",
-    "once", "route_to", "look_at_drills",
+    "once", "route_to", "look_at_drills", "report_key",
 }  # fmt: skip
 
 
