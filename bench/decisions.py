@@ -21,21 +21,25 @@ from dr_cloud.client.client import Client
 from dr_cloud.client.session import tls_context
 from dr_cloud.model.errors import DrCloudError
 
-CLIENTS: Final = 6
+CLIENTS: Final = 8
+NOW: Final = "NOW"
 _START_SECONDS: Final = 8.0
 """So long the clients may take to start."""
 _ANSWER_SECONDS: Final = 120.0
 
-_TOLD: Final = """
+_HEAD: Final = """
 ## Decisions
 
-At {enterprises} enterprises, all of them replicating, {clients} clients read checkpoints through the API over TLS, as
-fast as they can, one call at a time on a connection that is kept (Python's `http.client`, each in a process of its
-own). Each call shows a token, is decided by the rights manager (embedded engine), and is on record before it is
-answered: {per_second:.0f} decisions a second; a whole call takes {p50_ms:.1f} ms (median), {p99_ms:.0f} ms (p99).
+At {enterprises} enterprises, all of them replicating, {clients} clients ask the API over TLS, as fast as they can, one
+call at a time on a connection that is kept (Python's `http.client`, each in a process of its own). Each call shows a
+token, is decided by the rights manager (embedded engine), and is on record before it is answered.
 
-Processor time for each, with the replication that goes on meanwhile: {all_ms:.1f} ms, of that {parts}.
+| what is read | decisions a second | whole call, median | p99 | processor time, with the replication meanwhile |
+|---|---|---|---|---|
 """
+_ROW: Final = (
+    "| {what} | {per_second:.0f} | {p50_ms:.1f} ms | {p99_ms:.0f} ms | {all_ms:.1f} ms for each, of that {parts} |\n"
+)
 _LEAST_MS: Final = 0.05
 """What used less for a decision is not named."""
 
@@ -51,6 +55,8 @@ class Caller(NamedTuple):
 class Decisions(NamedTuple):
     """What was measured."""
 
+    what: str
+    """What was read."""
     per_second: float
     """Decisions that were made, and are on record."""
     p50_ms: float
@@ -61,18 +67,23 @@ class Decisions(NamedTuple):
 
 
 def measure_decisions(
-    caller: Caller, vpgs: Sequence[tuple[str, str]], seconds: float, used: Callable[[], dict[str, float]]
+    what: str,
+    caller: Caller,
+    paths: Sequence[tuple[str, str]],
+    seconds: float,
+    used: Callable[[], dict[str, float]],
 ) -> Decisions:
-    """Read checkpoints of (enterprise, VPG) with several clients at once, each a process; each call is decided.
+    """Read with several clients at once, each a process; each call is decided.
 
     Args:
+        what: What is read, in words.
         caller: Who asks.
-        vpgs: What is asked for.
+        paths: (enterprise, path below it) of all that is read in turn; `NOW` in it stands for the time.
         seconds: For so long.
         used: Returns the processor seconds of all processes up to now, by kind.
     """
-    before = _recorded(caller, vpgs)
-    parts = [vpgs[number::CLIENTS] or vpgs for number in range(CLIENTS)]
+    before = _recorded(caller, paths)
+    parts = [paths[number::CLIENTS] or paths for number in range(CLIENTS)]
     begin_s = time.time() + _START_SECONDS
     with multiprocessing.get_context("spawn").Pool(CLIENTS) as pool:
         calls = pool.starmap_async(_call, [(caller, part, begin_s, seconds) for part in parts])
@@ -81,34 +92,35 @@ def measure_decisions(
         time.sleep(max(0.0, begin_s + seconds - time.time()))
         used_after = used()
         found = calls.get()
-    made = _recorded(caller, vpgs) - before
+    made = _recorded(caller, paths) - before
     cuts = statistics.quantiles([span for spans in found for span in spans], n=100)
     processor_ms = {kind: (now - used_before.get(kind, now)) / made * 1000 for kind, now in used_after.items()}
-    return Decisions(made / seconds, cuts[49] * 1000, cuts[98] * 1000, processor_ms)
+    return Decisions(what, made / seconds, cuts[49] * 1000, cuts[98] * 1000, processor_ms)
 
 
-def told(decisions: Decisions, enterprises: int) -> str:
+def told(measured: Sequence[Decisions], enterprises: int) -> str:
     """Return what was measured, at so many enterprises, as a part of a page."""
-    spent = sorted(decisions.processor_ms.items(), key=lambda item: -item[1])
-    return _TOLD.format(
-        enterprises=enterprises,
-        clients=CLIENTS,
-        all_ms=sum(decisions.processor_ms.values()),
-        parts=", ".join(f"{kind} {ms:.1f}" for kind, ms in spent if ms >= _LEAST_MS),
-        **decisions._asdict(),
-    )
+    text = _HEAD.format(enterprises=enterprises, clients=CLIENTS)
+    for decisions in measured:
+        spent = sorted(decisions.processor_ms.items(), key=lambda item: -item[1])
+        text += _ROW.format(
+            all_ms=sum(decisions.processor_ms.values()),
+            parts=", ".join(f"{kind} {ms:.1f}" for kind, ms in spent if ms >= _LEAST_MS),
+            **decisions._asdict(),
+        )
+    return text
 
 
-def _recorded(caller: Caller, vpgs: Sequence[tuple[str, str]]) -> int:
+def _recorded(caller: Caller, paths: Sequence[tuple[str, str]]) -> int:
     with Client(caller.url, caller.token, ca_pem=caller.ca_pem, timeout_seconds=_ANSWER_SECONDS) as client:
         total = 0
-        for enterprise in {enterprise for enterprise, _ in vpgs}:
+        for enterprise in {enterprise for enterprise, _ in paths}:
             client.enterprise_name = enterprise
             total += client.verify_decisions().last
         return total
 
 
-def _call(caller: Caller, vpgs: Sequence[tuple[str, str]], begin_s: float, seconds: float) -> list[float]:
+def _call(caller: Caller, paths: Sequence[tuple[str, str]], begin_s: float, seconds: float) -> list[float]:
     spans = []
     headers = {"Authorization": f"Bearer {caller.token}"}
     address = urlsplit(caller.url)
@@ -118,10 +130,10 @@ def _call(caller: Caller, vpgs: Sequence[tuple[str, str]], begin_s: float, secon
     ) as connection:
         connection.connect()  # before the time begins
         time.sleep(max(0.0, begin_s - time.time()))
-        for enterprise, vpg in cycle(vpgs):
+        for enterprise, below in cycle(paths):
             if time.time() > begin_s + seconds:
                 break
-            path = f"/v1/enterprises/{enterprise}/vpgs/{vpg}/checkpoints?since_ns={time.time_ns()}"
+            path = f"/v1/enterprises/{enterprise}/{below}".replace(NOW, str(time.time_ns()))
             begun = time.monotonic()
             connection.request("GET", path, headers=headers)
             answer = connection.getresponse()

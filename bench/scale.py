@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench.chain import folder
-from bench.decisions import Caller, Decisions, measure_decisions, told
+from bench.decisions import CLIENTS, NOW, Caller, Decisions, measure_decisions, told
 from bench.figures import console, machine
 from dr_cloud.client.client import Client
 from dr_cloud.demo.cloud import HOST, LocalCloud, done
@@ -41,7 +41,9 @@ from dr_cloud.journal.catalogue import Catalogue
 from dr_cloud.model.cloud import VdsaDeployment
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.ids import Scope
+from dr_cloud.model.probe import ProbeSpec
 from dr_cloud.model.provider import Architecture, EnterpriseConfig, SiteConfig
+from dr_cloud.model.recovery import TestsRequest
 from dr_cloud.model.units import SECOND_NS, format_size
 from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
 from dr_cloud.nbd.async_client import AsyncNbdClient
@@ -57,6 +59,7 @@ _INTERVAL_SECONDS: Final = 5.0
 _AGE_INTERVALS_MAX: Final = 2.0
 _SETTLE_SECONDS: Final = 15.0
 _WAIT_SECONDS_MAX: Final = 180.0
+_TEST_SECONDS: Final = 90.0
 _STARTS_AT_ONCE: Final = 4
 _MEMORY_LEFT_BYTES_MIN: Final = 2 << 30
 _ENTERPRISE_BYTES: Final = 300 << 20
@@ -274,6 +277,22 @@ class World:
         url = f"https://127.0.0.1:{int((state / 'api-port').read_text())}"
         return Caller(url, (state / "admin-token").read_text().strip(), (state / "ca" / "ca-cert.pem").read_text())
 
+    def tested(self) -> list[tuple[str, str]]:
+        """Have a recovery test with a probe of some VPGs begin and end; return (enterprise, test) of each."""
+        caller, found = self.caller(), []
+        with Client(caller.url, caller.token, ca_pem=caller.ca_pem) as client:
+            for enterprise, vpg in self.names()[:CLIENTS]:
+                client.enterprise_name = enterprise
+                newest = next(found for found in client.checkpoints(vpg) if found.testable)
+                request = TestsRequest(times_ns=[newest.time_ns], probes=[ProbeSpec(kind="entropy")])
+                task = client.wait_task(client.start_tests(vpg, request).id, _TEST_SECONDS)
+                (test,) = (task.result or {})["tests"]
+                deadline = time.monotonic() + _TEST_SECONDS
+                while client.test(test).stopped_ns is None and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                found.append((enterprise, test))
+        return found
+
     def checkpoints(self) -> list[list[Made]]:
         """Return, of each VPG, the checkpoints to recover to, ascending."""
         folder = self._cloud.state / "stores" / "ds-1"
@@ -389,7 +408,7 @@ process per VPG, and the guests, who write {writes:g} blocks of 4 KiB a second t
 """
 
 
-def page(steps: Sequence[Step], load: float, decisions: Decisions | None = None) -> str:
+def page(steps: Sequence[Step], load: float, decisions: Sequence[Decisions] = ()) -> str:
     """Return the page."""
     text = _HEAD.format(
         writes=_WRITES_PER_SECOND,
@@ -422,7 +441,7 @@ def page(steps: Sequence[Step], load: float, decisions: Decisions | None = None)
     text += "".join(f"| {name} | " + " | ".join(cells) + " |\n" for name, cells in rows)
     if len(steps) > 1:
         text += "\n" + _growth(steps[0], steps[-1])
-    if decisions is not None:
+    if decisions:
         text += told(decisions, steps[0].enterprises)
     return text
 
@@ -459,7 +478,7 @@ def main(arguments: list[str]) -> int:
     counts = sorted({int(count) for count in options.steps.split(",")})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     steps: list[Step] = []
-    decisions: Decisions | None = None
+    decisions: list[Decisions] = []
     load = os.getloadavg()[0]
     with folder(in_memory=True) as directory:
         world = World(directory, options.vpgs)
@@ -473,8 +492,19 @@ def main(arguments: list[str]) -> int:
                 world.add(count)
                 steps.append(measure(world, options.seconds))
                 if len(steps) == 1:
+                    below = {
+                        "checkpoints of a VPG, from its journal": [
+                            (enterprise, f"vpgs/{vpg}/checkpoints?since_ns={NOW}") for enterprise, vpg in world.names()
+                        ],
+                        "a recovery test, with what its probes found": [
+                            (enterprise, f"tests/{test}") for enterprise, test in world.tested()
+                        ],
+                    }
                     with Guests(world.uris).writing():
-                        decisions = measure_decisions(world.caller(), world.names(), options.seconds / 2, _used)
+                        decisions = [
+                            measure_decisions(what, world.caller(), paths, options.seconds / 2, _used)
+                            for what, paths in below.items()
+                        ]
                 console.print(page(steps[-1:], load, decisions))
         except (DrCloudError, OSError, subprocess.SubprocessError) as error:
             print(f"bench: {error}. {getattr(error, 'remedy', '')}".rstrip(), file=sys.stderr)
