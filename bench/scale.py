@@ -29,10 +29,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from bench import many
 from bench.chain import folder
 from bench.decisions import NOW, Decisions, measure_decisions, told
 from bench.figures import console, machine
-from bench.scale_world import INTERVAL_SECONDS, WRITES_PER_SECOND, Guests, Made, World
+from bench.scale_world import INTERVAL_SECONDS, WRITES_PER_SECOND, Guests, World, ages, oldest
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.units import SECOND_NS, format_size
 
@@ -45,6 +46,7 @@ _ENTERPRISE_BYTES: Final = 300 << 20
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _KINDS: Final = (
     ("ray::CloudManager", "manager"),
+    ("ray::StackActor", many.STACKS),
     ("ray::Connector", "connector"),
     ("ray::EnterpriseManager", "enterprise's manager"),
     ("ray::Vdsa", "target VDSA"),
@@ -122,6 +124,12 @@ def _used() -> dict[str, float]:
     return {kind: use.processor_seconds for kind, use in usage().items()}
 
 
+def _resident(kind: str) -> tuple[int, int]:
+    """Return (processes, bytes of memory) of a kind."""
+    found = usage().get(kind, Usage(0, 0, 0.0))
+    return found.processes, found.bytes_resident
+
+
 def connections(ports: set[int]) -> int:
     """Return how many established connections go to these ports."""
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
@@ -163,22 +171,6 @@ def measure(world: World, seconds: float) -> Step:
         )
 
 
-def ages(made: Sequence[Made], times_ns: Sequence[int]) -> list[float]:
-    """Return how old the newest durable one of a VPG's checkpoints was at these times, in intervals."""
-    newest = [max((one.time_ns for one in made if one.durable_ns <= at_ns), default=0) for at_ns in times_ns]
-    return [_intervals(at_ns - time_ns) for at_ns, time_ns in zip(times_ns, newest, strict=True)]
-
-
-def oldest(made: Sequence[Made], since_ns: int, until_ns: int) -> float:
-    """Return how old it ever was between two times: it is oldest just before the next one is durable."""
-    moments = [one.durable_ns - 1 for one in made if since_ns < one.durable_ns <= until_ns]
-    return max(ages(made, [since_ns, *moments, until_ns]))
-
-
-def _intervals(duration_ns: int) -> float:
-    return duration_ns / SECOND_NS / INTERVAL_SECONDS
-
-
 _HEAD: Final = """# How a provider grows
 
 Made by `.venv/bin/python -m bench.scale`; nothing is simulated. One machine carries all of it: the provider (default
@@ -191,7 +183,9 @@ process per VPG, and the guests, who write {writes:g} blocks of 4 KiB a second t
 """
 
 
-def page(steps: Sequence[Step], load: float, decisions: Sequence[Decisions] = ()) -> str:
+def page(
+    steps: Sequence[Step], load: float, decisions: Sequence[Decisions] = (), tests: many.Many | None = None
+) -> str:
     """Return the page."""
     text = _HEAD.format(
         writes=WRITES_PER_SECOND,
@@ -226,6 +220,8 @@ def page(steps: Sequence[Step], load: float, decisions: Sequence[Decisions] = ()
         text += "\n" + _growth(steps[0], steps[-1])
     if decisions:
         text += told(decisions, steps[0].enterprises)
+    if tests is not None:
+        text += many.told(tests)
     return text
 
 
@@ -256,12 +252,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", default="10,25,50", help="numbers of enterprises, ascending (default 10,25,50)")
     parser.add_argument("--vpgs", type=int, default=2, help="VPGs of each (default 2)")
+    parser.add_argument("--tests", type=int, default=64, help="recovery tests at once (default 64; 0: none)")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long each step is watched (default 30)")
     options = parser.parse_args(arguments)
     counts = sorted({int(count) for count in options.steps.split(",")})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     steps: list[Step] = []
     decisions: list[Decisions] = []
+    tests: many.Many | None = None
     load = os.getloadavg()[0]
     with folder(in_memory=True) as directory:
         world = World(directory, options.vpgs)
@@ -288,14 +286,17 @@ def main(arguments: list[str]) -> int:
                             measure_decisions(what, world.caller(), paths, options.seconds / 2, _used)
                             for what, paths in below.items()
                         ]
-                console.print(page(steps[-1:], load, decisions))
+                    if options.tests > 1:
+                        tests = many.measure_many(world, options.tests, _resident)
+                console.print(page(steps[-1:], load, decisions, tests))
         except (DrCloudError, OSError, subprocess.SubprocessError) as error:
             print(f"bench: {error}. {getattr(error, 'remedy', '')}".rstrip(), file=sys.stderr)
             return 1
         finally:
             world.close()
-    PAGE.write_text(page(steps, load, decisions))
-    late = sum(age > _AGE_INTERVALS_MAX for step in steps for age in step.oldest)
+    PAGE.write_text(page(steps, load, decisions, tests))
+    late = int(tests is not None and tests.oldest_intervals > _AGE_INTERVALS_MAX)
+    late += sum(age > _AGE_INTERVALS_MAX for step in steps for age in step.oldest)
     print(f"wrote {PAGE.name}; {late} VPGs were ever more than {_AGE_INTERVALS_MAX:g} intervals behind")
     return 1 if late else 0
 

@@ -20,6 +20,7 @@ from dr_cloud.model.ids import Scope
 from dr_cloud.model.probe import ProbeSpec
 from dr_cloud.model.provider import Architecture, EnterpriseConfig, SiteConfig
 from dr_cloud.model.recovery import TestsRequest
+from dr_cloud.model.units import SECOND_NS
 from dr_cloud.model.vpg import ProtectedServer, TargetConfig, VpgSettings
 from dr_cloud.nbd.async_client import AsyncNbdClient
 from dr_cloud.seal.keyring import Keyring
@@ -228,3 +229,19 @@ class Guests:
 
 
 # Measuring.
+
+
+def ages(made: Sequence[Made], times_ns: Sequence[int]) -> list[float]:
+    """Return how old the newest durable one of a VPG's checkpoints was at these times, in intervals."""
+    newest = [max((one.time_ns for one in made if one.durable_ns <= at_ns), default=0) for at_ns in times_ns]
+    return [_intervals(at_ns - time_ns) for at_ns, time_ns in zip(times_ns, newest, strict=True)]
+
+
+def oldest(made: Sequence[Made], since_ns: int, until_ns: int) -> float:
+    """Return how old it ever was between two times: it is oldest just before the next one is durable."""
+    moments = [one.durable_ns - 1 for one in made if since_ns < one.durable_ns <= until_ns]
+    return max(ages(made, [since_ns, *moments, until_ns]))
+
+
+def _intervals(duration_ns: int) -> float:
+    return duration_ns / SECOND_NS / INTERVAL_SECONDS
