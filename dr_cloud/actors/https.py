@@ -75,6 +75,7 @@ class ApiServer:
             log_config=None,
             access_log=False,
             server_header=False,
+            http="httptools",
             timeout_graceful_shutdown=_GRACE_SECONDS,
             ssl_context_factory=lambda _config, _default: context,
         )
