@@ -70,9 +70,8 @@ def test_failover_lasts_and_stays(world: CloudWorld) -> None:
     assert client.vpg_status("web") is VpgStatus.PROTECTING
     world.wait_newest(server)  # replication has gone on
     server.guest.may_break = True
-    for name in ("tap-acme-web", "site-acme"):
-        if name in world.running:
-            world.running[name].send_signal(signal.SIGKILL)
+    for name in ("tap-acme-web", world.tenants["acme"][1]):
+        world.running[name].send_signal(signal.SIGKILL)
     failover = fail_over(world)
     assert failover.at_ns is not None
     image = bytearray(read_disk(disk_of(failover)))
