@@ -47,7 +47,7 @@ def insert(database: apsw.Connection, number: int) -> None:
 def fill(image: Path, rows: int) -> None:
     """Make the database on a raw disk image, with `rows` rows: what the disk holds before it is protected."""
     raw = RawFile(image)
-    vfs = DiskVfs("fill", ByteDisk(raw))
+    vfs = DiskVfs(f"fill {image}", ByteDisk(raw))  # SQLite knows them by name, and several are filled at once
     database = open_database(vfs)
     database.execute("create table orders (number integer primary key, text, payload)")
     database.execute("create table totals (orders integer)")
