@@ -19,7 +19,8 @@ from typing import Final
 
 from bench.chain import folder
 from bench.figures import console, machine
-from bench.scale import Step, World, measure
+from bench.scale import Step, measure
+from bench.scale_world import World
 from dr_cloud.model.errors import DrCloudError
 from dr_cloud.model.provider import Architecture
 
