@@ -1,7 +1,7 @@
 """A process that serves recovered servers, so that it can be killed: `recovered_process.py SETTINGS RECORD VDSA AGAIN`.
 
 It answers on its standard error, for its log goes to the other: first the URIs as JSON. Then, for each line that it
-reads (`promote`, `progress`, `stop`, `discard`), one line: what it has to say, as JSON.
+reads (`promote`, `progress`, `pause REASON`, `stop`, …), one line: what it has to say, as JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def main(settings: str, record: str, vdsa: str, again: str) -> None:
     )
     print(json.dumps(process.opened().uris), file=sys.stderr, flush=True)
     for line in sys.stdin:
-        said = getattr(process, line.strip())()
+        method, *arguments = line.split()
+        said = getattr(process, method)(*arguments)
         print(said.model_dump_json() if said is not None else "null", file=sys.stderr, flush=True)
 
 

@@ -15,6 +15,7 @@ Crash recovery
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,7 @@ from dr_cloud.recovery.servers import RecoveredProgress, RecoveredRecord, Recove
 from dr_cloud.seal.keyring import Keyring
 from dr_cloud.stack.cache import ObjectCache
 from dr_cloud.stack.folder import CacheFolder
+from dr_cloud.stack.serve import keep_tidy
 from dr_cloud.stack.stack import Stack
 
 _SOON_SECONDS: Final = 60.0
@@ -71,9 +73,9 @@ class RecoveredProcess:
         started_ns = time.monotonic_ns()
         self._stack: Stack | None = None
         if not record.promoted:
-            self._stack = Stack.open(
-                record.plan, _cache(settings, record), settings.work_dir, clock_ns=time.monotonic_ns
-            )
+            cache = _cache(settings, record)
+            self._stack = Stack.open(record.plan, cache, settings.work_dir, clock_ns=time.monotonic_ns)
+            self._tidying = asyncio.run_coroutine_threadsafe(keep_tidy(cache), self._loop.loop)
         images = self._stack.exports if self._stack is not None else []
         self._servers = self._loop.call(
             RecoveredServers.open(

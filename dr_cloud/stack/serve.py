@@ -32,7 +32,7 @@ class StackServer:
         """Use `serve_stack`."""
         self.stack = stack
         self.servers = servers
-        self._tidying = asyncio.create_task(_keep_tidy(cache), name="stack-tidy")
+        self._tidying = asyncio.create_task(keep_tidy(cache), name="stack-tidy")
 
     @property
     def uris(self) -> dict[str, list[str]]:
@@ -85,7 +85,8 @@ async def serve_stack(
     return StackServer(stack, cache, [local, remote])
 
 
-async def _keep_tidy(cache: ObjectCache) -> None:
+async def keep_tidy(cache: ObjectCache) -> None:
+    """Let go of what is idle in a cache, and keep its folder below its limit, now and then; until cancelled."""
     while True:
         await asyncio.sleep(TIDY_SECONDS)
         try:

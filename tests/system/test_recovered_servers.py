@@ -195,6 +195,20 @@ def test_rolled_back_nothing_is_left(rig: Rig) -> None:
     assert rig.store_hash() == before
 
 
+def test_denied_they_serve_nobody(rig: Rig) -> None:
+    """R13.3: what policy has stopped is not served until it is allowed again; nothing of it is lost."""
+    rig.start()
+    rig.write("db/root", 512, 5 * BLOCK_SIZE, 7)
+    rig.say("pause denied")
+    rig.say("pause denied")
+    assert rig.say("progress")["paused"] == "denied"
+    for uris in rig.uris.values():
+        assert subprocess.run(["nbdcopy", uris[0], "-"], capture_output=True).returncode != 0
+    rig.say("resume")
+    rig.say("resume")
+    rig.check()
+
+
 def test_on_another_node_nothing_is_begun(rig: Rig) -> None:
     """R10: an actor that comes back where its disks are not says so, instead of beginning with the image again."""
     with pytest.raises(AssertionError, match="it ended with 1"):
